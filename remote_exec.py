@@ -36,7 +36,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 import uuid
 from typing import NamedTuple
 
@@ -641,9 +640,8 @@ class Request:
         self.ended = None       # seconds it took
 
     def send(self):
-        self.sent = self.heard = self.asked = self.pinged = time.monotonic()
-        self.ping = None
-        self.kernel.broken = False
+        self.sent = self.heard = self.pinged = time.monotonic()
+        self.asked, self.ping = 0, None
         self.msg_id = self.kernel.send("shell", self.kind, self.content, self.buffers)
         self.buffers = None
 
@@ -657,7 +655,7 @@ class Request:
             self._hear(channel, message)
         except Exception as error:
             self.failure = self.failure or Failure(
-                "ProtocolError", f"{channel} message not understood: {type(error).__name__}: {error}")
+                "ProtocolError", f"{channel} message: {type(error).__name__}: {error}")
 
     def _hear(self, channel, message):
         kind, content, parent = (
@@ -741,17 +739,15 @@ class Request:
                 self.hear(channel, message)
 
     def drain(self, wait=0):
-        """Take in all that has come by now, and `wait` ms after it."""
-        poller = zmq.Poller()
-        for each in self.kernel.sockets.values():
-            poller.register(each, zmq.POLLIN)
-        names = {each: channel for channel, each in self.kernel.sockets.items()}
-        while True:
-            events = poller.poll(wait)
-            if not events:
-                return
-            for each, _ in events:
-                self.listen(names[each])
+        """Take in all that has come by now, or comes within `wait` ms of it."""
+        sockets = self.kernel.sockets
+        for channel in sockets:
+            # a closed connection is tried again and again: that has no end
+            if channel.startswith("closed") and sockets[channel].poll(0):
+                self.listen(channel)
+        for channel in ("iopub", "shell", "control"):
+            while sockets[channel].poll(wait):
+                self.listen(channel)
 
     def interrupt(self):
         self.interrupted = time.monotonic()
@@ -761,7 +757,7 @@ class Request:
         """Look after a silent request: is its kernel alive, was a reply lost?"""
         kernel, silent = self.kernel, now - self.heard
         if self.end is None and now - self.asked > 3 and (silent > 1 or kernel.broken):
-            self.end, self.asked = in_thread(kernel.end()), now
+            self.end, self.asked = in_thread(asyncio.wait_for(kernel.end(), 15)), now
         if self.end is not None and self.end.done():
             how = None if self.end.exception() else self.end.result()
             self.end = None
@@ -773,13 +769,17 @@ class Request:
                     self.reply, self.idle = {}, True
                 return
         half = (self.reply is not None) != self.idle
-        if kernel.broken and now - self.asked > 0.2 or half and self.probe is None and silent > (
-                1 if self.kind == "execute_request" else 0.3):
-            self.probe, kernel.broken = kernel.send("shell", "kernel_info_request", {}), False
-        if silent > 2 and (self.ping is None or now - self.ping > 10) and now - self.pinged > 2:
-            kernel.sockets["hb"].send(b"ping", zmq.NOBLOCK)
-            self.ping = self.ping or now
-            self.pinged = now
+        patience = 1 if self.kind == "execute_request" else 0.3
+        if (kernel.broken or half and silent > patience) and (
+                self.probe is None or now - self.probed > 10):
+            self.probe, self.probed = kernel.send("shell", "kernel_info_request", {}), now
+            kernel.broken = False
+        if silent > 2 and now - self.pinged > (2 if self.ping is None else 10):
+            self.ping, self.pinged = self.ping or now, now
+            try:
+                kernel.sockets["hb"].send(b"ping", zmq.NOBLOCK)
+            except zmq.Again:  # not connected
+                pass
         if (self.interrupted and not self.interrupt_answered and not self.signalled
                 and now - self.interrupted > 2):
             self.signalled = now
@@ -852,8 +852,9 @@ def run(requests, interrupts, screen, timeout=None, grace=5.0, verb="waiting for
                     if grace:
                         request.interrupt()
                     else:
-                        request.give_up(Failure("TimeoutError", f"no answer in {timeout:g} s") if late
-                                        else Failure("KeyboardInterrupt", "interrupted"))
+                        request.give_up(
+                            Failure("TimeoutError", f"no answer in {timeout:g} s") if late
+                            else Failure("KeyboardInterrupt", "interrupted"))
                 elif request.timed_out and now - request.interrupted > grace:
                     request.give_up(Failure("TimeoutError", (
                         f"still busy after {timeout:g} s, and it ignores the interrupt; "
@@ -876,8 +877,8 @@ def run(requests, interrupts, screen, timeout=None, grace=5.0, verb="waiting for
     for request in requests:
         request.ended = request.ended or time.monotonic() - request.sent
         if request.timed_out and request.failure and request.failure.ename == "KeyboardInterrupt":
-            request.failure = Failure("TimeoutError", f"still busy after {timeout:g} s; interrupted",
-                                      request.failure.traceback)
+            request.failure = request.failure._replace(
+                ename="TimeoutError", evalue=f"still busy after {timeout:g} s; interrupted")
         if request.failure is None:
             request.show_errors()
         elif not request.failure.traceback:
@@ -922,7 +923,7 @@ class RemoteExecMagics(Magics):
         super().__init__(shell, **options)
         self.kernels, self.namespaces, self.specs = {}, {}, {}
         self.context = zmq.Context(io_threads=2)
-        self.context.rcvhwm = 0  # drop nothing, however much comes
+        self.context.rcvhwm = self.context.sndhwm = 0  # drop nothing, never block
         self.lock = threading.Lock()
         self.pid = os.getpid()
 

@@ -1,0 +1,1113 @@
+"""Tests of remote_exec, on real kernels.
+
+``python -m pytest`` runs all that the machine can; ``-m bench -s`` prints the
+figures. REMOTE_EXEC_SSH_HOST names a host that ssh reaches without a password
+and where this Python stands at the same path: the tests over ssh use it.
+REMOTE_EXEC_SSH_LINK is the network device that leads there, to be cut.
+"""
+import json
+import os
+import pathlib
+import pickle
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from IPython.core.error import UsageError
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from jupyter_client.manager import start_new_kernel
+from jupyter_core.paths import jupyter_runtime_dir
+
+import remote_exec as rx
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+HERE = pathlib.Path(__file__).parent
+SSH_HOST = os.environ.get("REMOTE_EXEC_SSH_HOST")
+SSH_LINK = os.environ.get("REMOTE_EXEC_SSH_LINK")
+bench = pytest.mark.skipif("bench" not in sys.argv, reason="figures: pytest -m bench -s")
+over_ssh = pytest.mark.skipif(not SSH_HOST, reason="no second host: REMOTE_EXEC_SSH_HOST")
+
+
+# ---- the shell under test -------------------------------------------------
+
+class Session:
+    """An in-process IPython with the extension loaded."""
+
+    def __init__(self):
+        self.shell = InteractiveShell.instance()
+        self.shell.extension_manager.load_extension("remote_exec")
+
+    @property
+    def magics(self):
+        return self.shell.magics_manager.registry["RemoteExecMagics"]
+
+    @property
+    def ns(self):
+        return self.shell.user_ns
+
+    def run(self, line, cell=None):
+        """Run the magic; what it showed, and its exception, if any."""
+        os.environ.pop("PYTEST_CURRENT_TEST", None)  # ipykernel changes under it
+        error = None
+        with capture_output() as shown:
+            try:
+                if cell is None:
+                    self.shell.run_line_magic("remote_exec", line)
+                else:
+                    self.shell.run_cell_magic("remote_exec", line, cell)
+            except (Exception, KeyboardInterrupt) as raised:
+                error = raised
+        self.out, self.err, self.displays = shown.stdout, shown.stderr, shown.outputs
+        self.error = error
+        return self
+
+    def ok(self, line, cell=None):
+        self.run(line, cell)
+        if self.error:
+            raise self.error
+        return self
+
+    def fails(self, line, cell=None):
+        self.run(line, cell)
+        assert isinstance(self.error, rx.RemoteError), repr(self.error)
+        return self.error.failures
+
+    def misused(self, line, cell=None):
+        self.run(line, cell)
+        assert isinstance(self.error, UsageError), repr(self.error)
+        assert "\n" not in str(self.error)
+        return str(self.error)
+
+
+@pytest.fixture(scope="module")
+def everything():
+    session = Session()
+    yield session
+    session.shell.extension_manager.unload_extension("remote_exec")
+
+
+@pytest.fixture
+def session(everything):
+    """The session, with the long-lived kernels `a` and `b` started."""
+    everything.ok("-k a=python3,b=python3")
+    return everything
+
+
+def pid_of(session, name):
+    session.ok(f"-k {name} -o pid pid = os.getpid()")
+    return session.ns[name].pid
+
+
+def gone(pid, seconds=15):
+    """Whether the process ends within so many seconds."""
+    for _ in range(seconds * 20):
+        try:
+            state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+# ---- pure functions -------------------------------------------------------
+
+@pytest.mark.parametrize("line, options, code", [
+    ("-k a x = 1", {"k": "a"}, "x = 1"),
+    ("-k a,b -o x,y  print( 'a  b' )", {"k": "a,b", "o": "x,y"}, "print( 'a  b' )"),
+    ("--kernels=a --output x", {"k": "a", "o": "x"}, ""),
+    ("-s -k a -- -x", {"s": "", "k": "a"}, "-x"),
+    ("-k a -- -- x", {"k": "a"}, "-- x"),
+    ("-k a x -- y --k", {"k": "a"}, "x -- y --k"),
+    ("-k a -o x -o y", {"k": "a", "o": "x,y"}, ""),
+    ("-k a 'it''s' \"$HOME\" {x} \\n", {"k": "a"}, "'it''s' \"$HOME\" {x} \\n"),
+    ("-l", {"l": ""}, ""),
+])
+def test_line(line, options, code):
+    assert rx.parse_line(line) == (options, code)
+
+
+def test_targets():
+    assert rx.parse_targets(["a", "b=py:/x:y", "c:~/d e"]) == [
+        ("a", "", ""), ("b", "py", "/x:y"), ("c", "", "~/d e")]
+
+
+@pytest.mark.parametrize("wanted, found", [
+    ("python3", "python3"), ("julia", "julia-1.9"), ("my_host", "ssh-my.host-py"),
+    ("Julia", "julia-1.9"), ("r_py", "rik_ssh_r.two_py")])
+def test_spec(wanted, found):
+    specs = ["python3", "python3-b", "julia-1.9", "ssh-my.host-py", "rik_ssh_r.two_py"]
+    assert rx.match_spec(wanted, specs) == found
+
+
+def test_spec_candidates():
+    with pytest.raises(UsageError, match="ssh-a, ssh-b"):
+        rx.match_spec("ssh", ["ssh-b", "ssh-a", "python3"])
+    with pytest.raises(UsageError, match="python3, "):
+        rx.match_spec("pyton3", ["bash", "python3", "zsh"])
+
+
+@given(st.text(), st.dictionaries(st.sampled_from(["a", "b_1", "xyz"]), st.text()))
+def test_substitution_is_one_exact_pass(code, values):
+    expected, rest = "", code
+    while rest:
+        for name, value in values.items():
+            if rest.startswith("{%s}" % name):
+                expected, rest = expected + value, rest[len(name) + 2:]
+                break
+        else:
+            expected, rest = expected + rest[0], rest[1:]
+    assert rx.substitute(code, values) == expected
+
+
+@given(st.text(min_size=1))
+def test_any_line_is_parsed_or_refused(line):
+    try:
+        options, code = rx.parse_line(line)
+    except UsageError as error:
+        assert "\n" not in str(error) or "\n" in line
+    else:
+        assert line.rstrip().endswith(code.rstrip())
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["status", "ename", "traceback", "text", "name", "data", "payload",
+                         "execution_state", "comm_id", "prompt", "user_expressions", "failures"]),
+        inner, max_size=4), max_leaves=8)
+
+
+class FakeKernel:
+    """What `Request.hear` needs to know of a kernel; nothing is waited for."""
+    name, busy = "a", None
+    client = type("Client", (), {"session": type("Session", (), {"session": "me"})})
+
+
+def request_without_kernel():
+    request = rx.Request(FakeKernel(), rx.Screen(InteractiveShell.instance(), True))
+    request.msg_id = "mine"
+    return request
+
+
+def message(kind, content, parent="mine"):
+    return {"msg_type": kind, "content": content, "buffers": [],
+            "parent_header": {"msg_id": parent, "session": "me"}}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(
+    st.sampled_from(["shell", "iopub", "stdin", "control"]),
+    st.sampled_from(["execute_reply", "status", "stream", "display_data", "error", "comm_msg",
+                     "input_request", "clear_output", "interrupt_reply", "what_is_this"]),
+    anything, st.sampled_from(["mine", "other", None, 3])), max_size=8))
+def test_hostile_messages(stream):
+    with capture_output():
+        request = request_without_kernel()
+        for channel, kind, content, parent in stream:
+            request.hear(channel, message(kind, content, parent))
+        request.hear("iopub", message("status", {"execution_state": "idle"}))
+        request.hear("shell", message("execute_reply", {"status": "ok"}))
+    assert request.done
+    assert request.failure is None or isinstance(request.failure, rx.Failure)
+
+
+def test_messages_of_others_change_nothing():
+    request = request_without_kernel()
+    request.hear("shell", message("execute_reply", {"status": "error"}, "other"))
+    request.hear("iopub", message("status", {"execution_state": "idle"}, "other"))
+    request.hear("iopub", message("comm_msg", {"comm_id": "remote_exec", "data": {}}, "other"))
+    assert not request.done and request.outputs is None and request.failure is None
+    request.hear("iopub", message("comm_msg", {"comm_id": "wrong", "data": {}}))
+    assert request.outputs is None
+    request.hear("iopub", message("status", {"execution_state": "idle"}))
+    assert not request.done
+    request.hear("shell", message("execute_reply", {"status": "ok"}))
+    request.hear("shell", message("execute_reply", {"status": "error", "ename": "again"}))
+    assert request.done and request.failure is None
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(alphabet="ab\r\n é", max_size=12), max_size=12))
+def test_labelled_lines(chunks):
+    screen = rx.Screen(InteractiveShell.instance(), True)
+    with capture_output() as shown:
+        screen.file = sys.stdout
+        for chunk in chunks:
+            screen.stream("k", "stdout", chunk)
+        screen.finish("k")
+    text = "".join(chunks)
+    assert shown.stdout.replace("[k] ", "").rstrip("\n") == text.rstrip("\n")
+    for line in re.split(r"[\r\n]+", shown.stdout):
+        assert not line or line.startswith("[k] ")
+
+
+# ---- the promise ----------------------------------------------------------
+
+def test_readme_story(session, tmp_path):
+    for name, numbers in (("a", "1 2\n3 4\n"), ("b", "5 6\n7 8\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.txt").write_text(numbers)
+    session.ns["filenames"] = {"a": "a.txt", "b": "b.txt"}
+    session.ns["factor"] = 10
+    session.ok(f"-k a:{tmp_path}/a,b:{tmp_path}/b -i filenames,factor -o x,y",
+               "import numpy as np\nx, y = np.loadtxt('{filenames}').T * {factor}")
+    assert session.ns["a"].x.tolist() == [10, 30] and session.ns["b"].y.tolist() == [60, 80]
+    session.ok("-k a -o where where = os.getcwd(); pickle")
+    assert session.ns["a"].where == f"{tmp_path}/a"
+    assert repr(session.ns["a"]).startswith("<kernel a (python3):")
+    assert set(dir(session.ns["a"])) == set(vars(session.ns["a"])) >= {"x", "y", "where"}
+    with pytest.raises(AttributeError, match="no variable 'nope'.*x, y"):
+        session.ns["a"].nope  # noqa: B018
+
+
+def test_far_namespace_gains_nothing_else(session):
+    session.ns["gift"] = [1]
+    session.ok("-k fresh=python3 -p gift -o names names = sorted(n for n in dir() if n[0] != '_')")
+    assert set(session.ns["fresh"].names) - {
+        "In", "Out", "exit", "quit", "get_ipython", "open"} == {"gift", "os", "pickle"}
+    session.ok("-k fresh -s")
+
+
+def test_at_the_same_time(session):
+    session.ok("-k c=python3,d=python3")
+    begin = time.monotonic()
+    session.ok("-k a,b,c,d import time; time.sleep(1.5)")
+    assert 1.5 <= time.monotonic() - begin < 3
+    session.ok("-k c,d -s")
+
+
+def test_directories_with_any_characters(session, tmp_path):
+    odd = tmp_path / "a b'\"{x}:$HOME"
+    odd.mkdir()
+    session.ns["names"] = [f"a:{odd}", "b:~"]
+    session.ok("-k {names} -o d d = os.getcwd()")
+    assert session.ns["a"].d == str(odd)
+    assert session.ns["b"].d == os.path.expanduser("~")
+    session.ok("-k a:$HOME -o d d = os.getcwd()")
+    assert session.ns["a"].d == os.path.realpath(os.environ["HOME"])
+
+
+def test_code_is_verbatim(session):
+    session.ns["tricky"] = r"\1 \g<0> {other}"
+    session.ok("-k a -i tricky -o s s = r'''{tricky} {not} $HOME \\n'''")
+    assert session.ns["a"].s == r"\1 \g<0> {other} {not} $HOME \n"
+    session.ok("-k a -o s s = 1", "s += 1")
+    assert session.ns["a"].s == 2
+
+
+@pytest.mark.parametrize("line, culprit", [
+    ("", "-k"), ("x = 1", "-k"), ("-k ,", "''"), ("-k 9a", "'9a'"), ("-k a,a", "a2=a"),
+    ("-k a -o 9x", "'9x'"), ("-k a -o a.b", "'a.b'"), ("-k a -q", "-q"), ("-k a --nope", "nope"),
+    ("-k a -i missing_one x", "missing_one"), ("-k a,b -i partial x", "'b'"),
+    ("-k a -p missing_one", "missing_one"), ("-k nosuch=nosuch", "nosuch"),
+    ("-k print", "print"), ("-k partial=python3", "partial"),
+    ("-k a -t 0 1", "'0'"), ("-k a -t nan 1", "'nan'"), ("-k a -s -o x", "-s"),
+    ("-k {missing_one} 1", "missing_one"), ("-k a=/no/such.json", "/no/such.json"),
+    ("-k class", "class"), ("-k a, -o x", "''"), ("-k a -p lock 1", "lock"),
+])
+def test_misuse(session, line, culprit):
+    import threading
+    session.ns.update(partial={"a": 1}, lock=threading.Lock())
+    before = dict(session.magics.kernels), set(session.ns)
+    assert culprit in session.misused(line)
+    assert before == (dict(session.magics.kernels), set(session.ns))
+
+
+def test_all_or_nothing_before(session):
+    session.ok("-k a,b marker = 0")
+    failures = session.fails("-k a,b:/no/such/dir marker = 1")
+    assert list(failures) == ["b"] and "/no/such/dir" in failures["b"].evalue
+    session.ok("-k a -o marker")
+    assert session.ns["a"].marker == 0
+
+
+def test_each_alone_after(session):
+    session.ns["fate"] = {"a": "1/0", "b": "pass"}
+    failures = session.fails("-k a,b -i fate -o v", "v = 6\n{fate}")
+    assert list(failures) == ["a"] and failures["a"].ename == "ZeroDivisionError"
+    assert "v" not in vars(session.ns["a"]) and session.ns["b"].v == 6
+
+
+def test_shutdown_and_restart(session):
+    session.ok("-k c=python3")
+    first = pid_of(session, "c")
+    session.ok("-k c -s -o fresh fresh = 'pid' not in dir()")
+    assert session.ns["c"].fresh and gone(first)
+    second = pid_of(session, "c")
+    session.ok("-k c,never -s")
+    assert gone(second) and session.ns["c"].pid == second
+    assert pid_of(session, "c") != second
+    session.ok("-k c -s")
+
+
+def test_kept_by_name(session):
+    session.ok("-k a keep = 1")
+    namespace = session.ns.pop("a")
+    session.ok("-k a -o keep")
+    assert session.ns["a"] is namespace
+
+
+def test_labels_and_last_expression(session):
+    session.ok("-k a,b", "print('one\\ntwo', end='')\n'expr'")
+    assert sorted(re.findall(r"\[[ab]\] (?:one|two)\n", session.out)) == [
+        "[a] one\n", "[a] two\n", "[b] one\n", "[b] two\n"]
+    assert [d.data["text/plain"] for d in session.displays] == ["'expr'"] * 2
+    session.ok("-k a", "print('x', end=''); import sys; print('e', file=sys.stderr)\n7;")
+    assert session.out == "x" and session.err == "e\n" and not session.displays
+
+
+def test_bash(session):
+    subprocess.run([sys.executable, "-m", "bash_kernel.install", "--sys-prefix"], check=True)
+    session.ok("-k shell=bash echo $((6*7))")
+    assert session.out == "42\n"
+    assert "bash" in session.misused("-k shell -o x x=1")
+    assert "bash" in session.misused("-k shell:/tmp ls")
+    assert "-s replaces" in session.misused("-k a=bash 1")
+    session.ok("-k shell,a -s")
+
+
+def test_names_survive_reload(session):
+    namespace = session.ns["a"]
+    pid = pid_of(session, "a")
+    session.shell.extension_manager.reload_extension("remote_exec")
+    assert gone(pid)
+    session.ok("-k a=python3,b=python3 -o n n = 3")
+    assert session.ns["a"] is namespace and namespace.n == 3
+
+
+# ---- data -----------------------------------------------------------------
+
+CELL_OF_DATA = """
+import datetime, decimal, collections
+import numpy as np, pandas as pd
+Point = collections.namedtuple
+values = dict(
+    strided=np.arange(20.)[::3], zero=np.array(3.5), empty=np.zeros((0, 4)),
+    fortran=np.asfortranarray(np.arange(12.).reshape(3, 4)),
+    structured=np.array([(1, 2.5)], dtype=[('a', 'i4'), ('b', 'f8')]),
+    objects=np.array([1, 'x', None], dtype=object), cube=np.ones((60, 60, 60)),
+    none=None, nan=float('nan'), big=10**50, text='h\\u00e9 \\U0001f600', raw=bytes(range(256)),
+    nested={'a': [1, (2, {3})]}, when=datetime.datetime(2020, 1, 2), money=decimal.Decimal('1.1'))
+frame = pd.DataFrame({'s': ['a', 'b'], 'd': pd.to_datetime(['2020-01-01', '2021-01-01']),
+                      'v': [1.5, 2.5]})
+shared = np.zeros(100000); one = [shared]; two = [shared]
+locals().update(values)
+"""
+
+
+def test_values(session):
+    session.ok("-k a -o values,frame,one,two", CELL_OF_DATA)
+    there, expected = session.ns["a"], {}
+    exec(CELL_OF_DATA, expected)
+    for name, value in expected["values"].items():
+        got = there.values[name]
+        assert type(got) is type(value)
+        if isinstance(value, np.ndarray):
+            assert got.dtype == value.dtype and got.flags.writeable
+            np.testing.assert_array_equal(got, value)
+        elif name != "nan":
+            assert got == value
+    assert there.frame.equals(expected["frame"])
+    there.frame.loc[0, "v"] = 9
+    assert there.one[0] is there.two[0]
+    there.one[0][0] = 1
+
+
+def test_push(session):
+    session.ns.update(cube=np.arange(1e5), other="text")
+    session.ok("-k a,b -p cube,other -o back,other cube[0] = 5; back = cube")
+    assert session.ns["b"].back[0] == 5 and session.ns["b"].other == "text"
+    assert session.ns["cube"][0] == 0
+    session.ns["later"] = [1]
+    session.ok("-k a -p later")
+    session.ok("-k a -o later")
+    assert session.ns["a"].later == [1]
+
+
+def test_own_classes(session):
+    session.ok("-k a -o thing,twice", "class Thing:\n    size = 3\nthing = Thing()\n"
+               "twice = lambda x: 2 * x")
+    assert session.ns["a"].thing.size == 3 and session.ns["a"].twice(4) == 8
+    session.shell.run_cell("def mine(x): return x + 1")
+    session.ok("-k a -p mine -o got got = mine(1)")
+    assert session.ns["a"].got == 2
+
+
+def test_own_classes_without_cloudpickle(session):
+    failures = session.fails("-k a -o thing,fine", "import sys; sys.modules['cloudpickle'] = None\n"
+                             "class Thing: pass\nthing = Thing(); fine = '__main__'")
+    session.ok("-k a del sys.modules['cloudpickle']")
+    assert "thing" in failures["a"].evalue and "installing cloudpickle" in failures["a"].evalue
+    assert session.ns["a"].fine == "__main__"
+
+
+def test_each_output_alone(session):
+    failures = session.fails("-k a,b -o good,lock,missing", (
+        "import threading\ngood = 1\nlock = threading.Lock()"))
+    assert list(failures) == ["a", "b"]
+    assert "lock" in failures["a"].evalue and "'missing'" in failures["a"].evalue
+    assert session.ns["b"].good == 1
+
+
+def test_output_that_fails_here(session, tmp_path):
+    (tmp_path / "only_there.py").write_text("class Thing: pass")
+    failures = session.fails("-k a -o good,thing", (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import only_there; thing = only_there.Thing(); good = 2"))
+    assert "thing" in failures["a"].evalue and "only_there" in failures["a"].evalue
+    assert session.ns["a"].good == 2
+
+
+def test_many(session):
+    session.ok("-k a -o arrays," + ",".join(f"v{i}" for i in range(200)),
+               "import numpy as np\narrays = [np.arange(10) for _ in range(20000)]\n"
+               "for i in range(200): globals()['v%d' % i] = i")
+    assert len(session.ns["a"].arrays) == 20000 and session.ns["a"].v199 == 199
+
+
+def test_one_request_a_cell(session):
+    kernel = session.magics.kernels["a"]
+    sent, original = [], kernel.send
+    kernel.send = lambda channel, *rest, **more: (sent.append((channel, rest[0])),
+                                                  original(channel, *rest, **more))[1]
+    try:
+        session.ok("-k a -o x x = 1")
+        assert sent == [("shell", "execute_request")]
+        session.ns["y"] = 1
+        session.ok("-k a:/ -p y -o x x = y")
+        assert sent == [("shell", "execute_request")] * 3
+    finally:
+        del kernel.send
+
+
+# ---- faults ---------------------------------------------------------------
+
+def interrupting(session, line, cell, *delays):
+    """Run with a Ctrl-C after each of `delays` seconds."""
+    script = "; ".join(f"sleep {delay}; kill -INT {os.getpid()}" for delay in delays)
+    presser = subprocess.Popen(["sh", "-c", script])
+    begin = time.monotonic()
+    session.run(line, cell)
+    presser.wait()
+    return time.monotonic() - begin
+
+
+def test_interrupt(session):
+    first, second = pid_of(session, "a"), pid_of(session, "b")
+    slow, quick = ("a", "b") if first > second else ("b", "a")
+    session.ns["slow"] = max(first, second)
+    vars(session.ns[quick]).pop("fast", None)
+    took = interrupting(session, "-k a,b -i slow -o fast", (
+        "fast = 1; import time; state = 'kept'\nif os.getpid() == {slow}: time.sleep(60)"), 1)
+    assert isinstance(session.error, KeyboardInterrupt) and took < 8
+    assert slow in str(session.error)
+    assert session.error._render_traceback_() == [f"KeyboardInterrupt: {session.error}"]
+    assert session.ns[quick].fast == 1
+    session.ok(f"-k {slow} -o state")
+    assert session.ns[slow].state == "kept"
+
+
+def test_second_interrupt_and_replacement(session):
+    stubborn = "import time\nwhile True:\n  try: time.sleep(60)\n  except KeyboardInterrupt: pass"
+    took = interrupting(session, "-k a", stubborn, 1, 2)
+    assert isinstance(session.error, KeyboardInterrupt) and took < 8
+    assert "-s" in session.misused("-k a 1")
+    session.ok("-k a -s -o x x = 1")
+    assert session.ns["a"].x == 1
+
+
+def test_interrupt_while_starting(session, tmp_path, monkeypatch):
+    install_spec(tmp_path, monkeypatch, "sleeper", ["sleep", "1000"])
+    took = interrupting(session, "-k sleeper", "1", 1)
+    assert isinstance(session.error, KeyboardInterrupt) and took < 8
+    assert "sleeper" not in session.magics.kernels
+
+
+def test_timeout(session):
+    session.ns["naps"] = {"a": "60", "b": "0"}
+    failures = session.fails("-k a,b -i naps -t 1 -o x x = 1; import time; time.sleep({naps})")
+    assert list(failures) == ["a"] and failures["a"].ename == "TimeoutError"
+    assert session.ns["b"].x == 1
+    session.ok("-k a -o x")
+
+
+@pytest.mark.parametrize("death, cause", [
+    ("os._exit(3)", "exit code 3"), ("os.kill(os.getpid(), 9)", "SIGKILL"),
+    ("import ctypes; ctypes.string_at(0)", "SIGSEGV")])
+def test_death(session, death, cause):
+    session.ns["fate"] = {"a": death, "b": "pass"}
+    begin = time.monotonic()
+    failures = session.fails("-k a,b -i fate -o x", "x = 2\n{fate}")
+    assert time.monotonic() - begin < 5
+    assert failures["a"].ename == "DeadKernelError" and cause in failures["a"].evalue
+    assert session.ns["b"].x == 2
+    session.ok("-k a -o fresh fresh = 'x' not in dir()")
+    assert session.ns["a"].fresh
+
+
+def test_death_between_cells(session):
+    pid = pid_of(session, "a")
+    os.kill(pid, signal.SIGKILL)
+    assert gone(pid)
+    session.ok("-k a -o x x = 4")
+    assert session.ns["a"].x == 4
+    assert re.fullmatch(r"a had died \(.*SIGKILL\) and is started anew\n", session.err)
+
+
+def install_spec(tmp_path, monkeypatch, name, argv, **more):
+    """A kernelspec for this test only."""
+    folder = tmp_path / "jupyter" / "kernels" / name
+    folder.mkdir(parents=True)
+    (folder / "kernel.json").write_text(json.dumps(
+        dict(argv=argv, display_name=name, language="python", **more)))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+
+
+@pytest.mark.parametrize("argv, cause", [
+    (["/no/such/program"], "/no/such/program"),
+    (["sh", "-c", "echo last words >&2; exit 7"], "exit code 7.*last words"),
+    (["sleep", "1000"], "3 s")])
+def test_kernel_that_cannot_start(session, tmp_path, monkeypatch, argv, cause):
+    install_spec(tmp_path, monkeypatch, "broken", argv)
+    monkeypatch.setattr(session.magics, "startup_timeout", 3.0)
+    files = set(os.listdir(jupyter_runtime_dir()))
+    failures = session.fails("-k a,broken -o x x = 1")
+    assert list(failures) == ["broken"]
+    assert re.search(cause, failures["broken"].evalue), failures
+    assert "broken" not in session.magics.kernels and "broken" not in session.ns
+    deadline = time.monotonic() + 10
+    while set(os.listdir(jupyter_runtime_dir())) - files and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not set(os.listdir(jupyter_runtime_dir())) - files
+
+
+def test_busy_is_not_dead(session):
+    session.ok("-k a -o x", "import re\nx = 1\nre.match(r'(a+)+$', 'a' * 27 + 'b')")
+    assert session.ns["a"].x == 1
+
+
+def test_floods(session):
+    session.ok("-k a,b -o last", "for last in range(100000): print(last)")
+    lines = session.out.splitlines()
+    assert [line for line in lines if line.startswith("[a]")] == [
+        f"[a] {i}" for i in range(100000)]
+    assert len(lines) == 200000 and session.ns["b"].last == 99999
+    session.ok("-k a -o i", "for i in range(5000): display(i)")
+    assert [d.data["text/plain"] for d in session.displays] == [str(i) for i in range(5000)]
+
+
+def test_strange_text(session):
+    session.ok("-k a", "print('\\0 \\x1b[31mred\\x1b[0m \\U0001f600', 'x' * 10**6)")
+    assert session.out == "\0 \x1b[31mred\x1b[0m \U0001f600 " + "x" * 10**6 + "\n"
+    session.run("-k a print('\\ud800')")
+    session.ok("-k a -o x x = 1")
+
+
+def test_starts_and_stops_leak_nothing(session):
+    import threading
+
+    def state():
+        return len(os.listdir("/proc/self/fd")), threading.active_count(), len(
+            os.listdir(jupyter_runtime_dir()))
+    session.ok("-k c=python3")
+    session.ok("-k c -s")
+    before = state()
+    for _ in range(8):
+        session.ok("-k c=python3 1")
+        session.ok("-k c -s")
+    assert all(after <= low + 2 for after, low in zip(state(), before))
+
+
+def test_connection_files_are_private(session):
+    name = session.magics.kernels["a"].manager.connection_file
+    assert os.stat(name).st_mode & 0o777 == 0o600
+    assert os.path.dirname(name) == jupyter_runtime_dir()
+
+
+def test_wrong_signature_is_ignored(session):
+    kernel = session.magics.kernels["a"]
+    key, kernel.client.session.key = kernel.client.session.key, b"wrong"
+    session.run("-k a -t 2 print(1)")
+    kernel.client.session.key = key
+    assert "1\n" not in session.out
+    session.ok("-k a -s")
+
+
+# ---- the feel -------------------------------------------------------------
+
+def test_errors_are_the_far_traceback(session):
+    session.fails("-k a 1/0")
+    lines = session.error._render_traceback_()
+    assert "ZeroDivisionError" in lines[-1] and "remote_exec" not in "\n".join(lines)
+    session.fails("-k b,a 1/0")
+    assert str(session.error) == "\n".join(
+        f"{name}: ZeroDivisionError: division by zero" for name in "ba")
+    lines = session.error._render_traceback_()
+    assert lines.index("[b] ") < lines.index("[a] ")
+
+
+def test_listing_and_completion(session):
+    session.ok("-l")
+    assert re.search(r"a +python3 +idle", session.out) and "kernelspecs:" in session.out
+    for text, expected in (("-k ", "python3"), ("-k a,pyth", "python3"), ("-k z=pyth", "python3"),
+                           ("--ker", "--kernels")):
+        text = "%remote_exec " + text
+        matches = session.shell.Completer.complete(line_buffer=text, cursor_pos=len(text))[1]
+        assert expected in matches, (text, matches)
+
+
+def test_attached_kernel(session):
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        file = os.path.basename(session.magics.kernels["a"].manager.connection_file)
+        session.ok(f"-k far={manager.connection_file},again={file} -o x x = 11")
+        assert session.ns["far"].x == session.ns["again"].x == 11
+        session.ok("-k far,again -s")
+        assert manager.is_alive()
+        session.ok("-k a -o x")
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def test_function_locals(session):
+    session.shell.run_cell(textwrap.dedent("""
+        def function():
+            local, text = [5], 'y'
+            get_ipython().run_line_magic('remote_exec', '-k a -p local -i text -o {} y = local'
+                                         .format('y'))
+        def direct():
+            local = [6]
+            %remote_exec -k a -p local -o y y = local
+        direct()
+    """)).raise_error()
+    assert session.ns["a"].y == [6]
+
+
+def test_late_output(session):
+    session.ok("-k a", "import threading, time\ndef late(): time.sleep(.5); print('late')\n"
+               "thread = threading.Thread(target=late); thread.start()")
+    shown = session.out
+    for code in ("thread.join(); time.sleep(.3)", "1;"):
+        shown += session.ok(f"-k a {code}").out
+    assert shown == "late\n"
+
+
+# ---- a notebook, a terminal, a script --------------------------------------
+
+class Notebook:
+    """A real local kernel, driven by a client as a notebook does."""
+
+    def __init__(self):
+        os.environ.pop("PYTEST_CURRENT_TEST", None)
+        self.manager, self.client = start_new_kernel(
+            kernel_name="python3", extra_arguments=[], cwd=str(HERE))
+        self.run("%load_ext remote_exec")
+
+    def run(self, code, answers=()):
+        """(reply, messages) of a cell; `answers` go to its questions."""
+        messages, self.prompts, answers = [], [], list(answers)
+
+        def stdin(message):
+            self.prompts.append(message["content"]["prompt"])
+            self.client.input(answers.pop(0))
+        reply = self.client.execute_interactive(
+            code, allow_stdin=True, timeout=60, output_hook=messages.append, stdin_hook=stdin)
+        self.text = "".join(m["content"]["text"] for m in messages if m["msg_type"] == "stream")
+        return reply["content"], messages
+
+    def close(self):
+        self.client.stop_channels()
+        self.manager.shutdown_kernel()
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    notebook = Notebook()
+    yield notebook
+    notebook.close()
+
+
+def test_notebook(notebook):
+    reply, messages = notebook.run("%%remote_exec -k k1=python3,k2=python3 -o x\nx = 1\n"
+                                   "display({'text/html': '<b>'}, raw=True)\nprint('hi')")
+    assert reply["status"] == "ok" and "[k1] hi\n" in notebook.text
+    assert [m["content"]["data"] for m in messages if m["msg_type"] == "display_data"] == [
+        {"text/html": "<b>"}] * 2
+    reply, _ = notebook.run("%remote_exec -k k1 1/0")
+    assert reply["ename"] == "RemoteError" and "ZeroDivisionError" in reply["evalue"]
+
+
+def test_notebook_input(notebook):
+    notebook.run("%remote_exec -k k1 -o name name = input('who? ')", ["me"])
+    assert notebook.prompts == ["who? "]
+    notebook.run("%remote_exec -k k1,k2 -o name name = input('who? ')", ["me", "you"])
+    assert sorted(notebook.prompts) == ["[k1] who? ", "[k2] who? "]
+    notebook.run("print(sorted([k1.name, k2.name]))")
+    assert notebook.text == "['me', 'you']\n"
+
+
+def test_notebook_interrupt(notebook):
+    notebook.client.execute("%remote_exec -k k1,k2 print('on'); import time; time.sleep(60)")
+    begun = ""
+    while begun.count("on\n") < 2:
+        message = notebook.client.get_iopub_msg(timeout=30)
+        begun += message["content"].get("text", "")
+    notebook.manager.interrupt_kernel()
+    reply = notebook.client.get_shell_msg(timeout=15)["content"]
+    assert reply["ename"] == "KeyboardInterrupt" and "k1, k2 stopped" in reply["evalue"]
+    assert notebook.run("%remote_exec -k k1 print(2)")[0]["status"] == "ok"
+
+
+def test_notebook_displays(notebook):
+    _, messages = notebook.run("%%remote_exec -k k1\nh = display(1, display_id=True)\nh.update(2)\n"
+                               "from IPython.display import clear_output; clear_output()")
+    assert [m["msg_type"] for m in messages if m["msg_type"] in (
+        "display_data", "update_display_data", "clear_output")] == [
+        "display_data", "update_display_data", "clear_output"]
+
+
+def test_notebook_status_line(notebook):
+    _, messages = notebook.run("%%remote_exec -k k1,k2\nimport time; time.sleep(5)")
+    told = [m["content"]["data"]["text/plain"] for m in messages if "display" in m["msg_type"]]
+    assert told[0].startswith("waiting for k1, k2 (") and re.fullmatch(
+        r"k1 5\.\d s; k2 5\.\d s", told[-1])
+
+
+def test_notebook_end():
+    notebook = Notebook()
+    notebook.run("%remote_exec -k k1=python3,k2=python3 -o pid pid = os.getpid()")
+    notebook.run("print(k1.pid, k2.pid)")
+    pids = map(int, notebook.text.split())
+    notebook.close()
+    assert all(gone(pid, 3) for pid in pids)
+
+
+def test_nbclient():
+    import nbclient
+    import nbformat
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in (
+        "%load_ext remote_exec", "%%remote_exec -k k=python3 -o x\nx = 3\nprint('hi')", "k.x",
+        "%remote_exec -k k input()")])
+    notebook.cells[-1].metadata.tags = ["raises-exception"]
+    os.environ.pop("PYTEST_CURRENT_TEST", None)
+    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=60, resources={
+        "metadata": {"path": str(HERE)}}).execute()
+    assert notebook.cells[1].outputs[0].text == "hi\n"
+    assert notebook.cells[2].outputs[0].data["text/plain"] == "3"
+    assert "StdinNotImplementedError" in notebook.cells[3].outputs[0].evalue
+
+
+def ipython(*arguments, **options):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    return subprocess.run([sys.executable, "-m", "IPython", "--colors=NoColor", *arguments],
+                          capture_output=True, text=True, timeout=60, cwd=str(HERE),
+                          env=environment, **options)
+
+
+def test_script_and_its_end(tmp_path):
+    script = tmp_path / "script.ipy"
+    script.write_text("%load_ext remote_exec\n%remote_exec -k k=python3,m=python3 -o pid "
+                      "pid = os.getpid()\nprint(k.pid, m.pid)\n"
+                      "%remote_exec -k k import threading, time; "
+                      "threading.Thread(target=time.sleep, args=(100,)).start()\n"
+                      "import time; print(time.time())\n")
+    files = set(os.listdir(jupyter_runtime_dir()))
+    done = ipython(str(script))
+    ended = time.time()
+    pids, last = done.stdout.splitlines()
+    assert done.stderr == "" and ended - float(last) < 4
+    assert all(gone(int(pid), 1) for pid in pids.split())
+    assert not set(os.listdir(jupyter_runtime_dir())) - files
+
+
+def test_command_line_and_config(tmp_path):
+    done = ipython("--ext", "remote_exec", "-c", "%remote_exec -k k=python3 print(6 * 7)")
+    assert (done.stdout, done.stderr) == ("42\n", "")
+
+
+def test_forked_child_touches_nothing():
+    done = ipython("-c", "\n".join([
+        "%load_ext remote_exec", "%remote_exec -k k=python3 x = 8",
+        "import atexit, os, sys, multiprocessing", "sys.stdout.flush()", "pid = os.fork()",
+        "if pid == 0:  # IPython's own exit function empties the namespace",
+        "    (lambda run, end: (run(), end(0)))(atexit._run_exitfuncs, os._exit)",
+        "_ = os.waitpid(pid, 0)",
+        "w = multiprocessing.get_context('fork').Process(target=print, args=('worker',))",
+        "w.start(); w.join()", "%remote_exec -k k -o x", "print(k.x)"]))
+    assert done.stdout == "worker\n8\n", done
+
+
+def test_killed_session_leaves_no_kernel(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "IPython", "-c", "%load_ext remote_exec\n"
+         "%remote_exec -k k=python3 print(os.getpid(), flush=True); import time; time.sleep(100)"],
+        stdout=subprocess.PIPE, text=True, cwd=str(HERE), env=environment)
+    pid = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert gone(pid)
+
+
+def test_terminal():
+    import pexpect
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    child = pexpect.spawn(sys.executable, [
+        "-m", "IPython", "--simple-prompt", "--colors=NoColor", "--no-banner"],
+        encoding="utf-8", timeout=30, cwd=str(HERE), env=environment)
+    child.expect(r"In \[1\]: ")
+    child.sendline("%load_ext remote_exec")
+    child.expect(r"In \[2\]: ")
+    child.sendline("%remote_exec -k k=python3 print('be' + 'gun'); import time; time.sleep(60)")
+    child.expect("begun")
+    child.sendintr()
+    child.expect("KeyboardInterrupt: k stopped\r\n")
+    child.expect(r"In \[3\]: ")
+    assert "Traceback" not in child.before and "remote_exec.py" not in child.before
+    child.sendline("%remote_exec -k k n = input('who' + '? ')")
+    child.expect(r"\r\nwho\? ")
+    child.sendline("me")
+    child.expect(r"In \[4\]: ")
+    child.sendline("%remote_exec -k k print(n * 2)")
+    child.expect("meme")
+    child.expect(r"In \[5\]: ")
+    child.sendline("%remote_exec nonsense")
+    child.expect("UsageError: -k")
+    child.expect(r"In \[6\]: ")
+    child.sendline("exit")
+    child.expect(pexpect.EOF)
+    assert "rror" not in child.before
+
+
+# ---- far kernels ----------------------------------------------------------
+
+@pytest.fixture
+def far_specs(tmp_path, monkeypatch):
+    """Kernelspecs of the second host: sshpyk's and remote_ikernel's."""
+    install_spec(tmp_path, monkeypatch, "sshpyk-far", [], interrupt_mode="message", metadata={
+        "kernel_provisioner": {"provisioner_name": "sshpyk-provisioner", "config": {
+            "ssh_host_alias": SSH_HOST, "remote_python": sys.executable,
+            "remote_kernel_name": "python3"}}})
+    install_spec(tmp_path, monkeypatch, "rik-far", [
+        sys.executable, "-m", "remote_ikernel", "--interface", "ssh", "--host", SSH_HOST,
+        "--workdir", "/tmp", "--kernel_cmd",
+        f"{sys.executable} -m ipykernel_launcher -f {{host_connection_file}}",
+        "{connection_file}"])
+
+
+@over_ssh
+def test_far_kernel(session, far_specs):
+    far_pid = None
+    try:
+        session.ok("-k near=python3,far=sshpyk-far:/usr -o where,pid,x", (
+            "import numpy as np\nwhere, pid, x = os.getcwd(), os.getpid(), np.arange(1e6)"))
+        assert session.ns["far"].where == "/usr" and session.ns["far"].x[-1] == 999999
+        far_pid = session.ns["far"].pid
+        took = interrupting(session, "-k far", "import time; y = 3; time.sleep(60)", 1)
+        assert isinstance(session.error, KeyboardInterrupt) and took < 8
+        session.ok("-k far -o y")
+        failures = session.fails("-k far os.kill(os.getpid(), 9)")
+        assert failures["far"].ename == "DeadKernelError"
+        pid = pid_of(session, "far")
+        os.kill(pid, 9)  # the second host shares this one's process table
+        assert gone(pid)
+        session.ok("-k far -o x x = 5")
+        assert "started anew" in session.err
+    finally:
+        session.ok("-k near,far -s")
+        assert far_pid is None or gone(far_pid)
+
+
+@over_ssh
+@pytest.mark.newest
+def test_far_kernel_through_remote_ikernel(session, far_specs):
+    try:
+        session.ok("-k near=python3,far=rik:/usr -o where where = os.getcwd()")
+        assert session.ns["far"].where == "/usr"
+        interrupting(session, "-k far", "import time; y = 3; time.sleep(60)", 1)
+        assert isinstance(session.error, KeyboardInterrupt)
+        session.ok("-k far -o y")
+        pid = pid_of(session, "far")
+    finally:
+        session.ok("-k near,far -s")
+    assert gone(pid)
+
+
+@over_ssh
+def test_far_kernel_that_cannot_start(session, tmp_path, monkeypatch):
+    install_spec(tmp_path, monkeypatch, "nowhere", [], metadata={"kernel_provisioner": {
+        "provisioner_name": "sshpyk-provisioner", "config": {
+            "ssh_host_alias": "no-such-host.invalid", "remote_python": sys.executable,
+            "remote_kernel_name": "python3", "raise_on_ssh_config_error": False}}})
+    failures = session.fails("-k nowhere 1")
+    assert "no-such-host.invalid" in failures["nowhere"].evalue
+
+
+@over_ssh
+@pytest.mark.skipif(not SSH_LINK, reason="no link to cut: REMOTE_EXEC_SSH_LINK")
+def test_network_outage(session, far_specs):
+    session.ok("-k far=sshpyk-far 1")
+    cut = subprocess.Popen(["sh", "-c", f"sleep 2; ip link set {SSH_LINK} down; sleep 12; "
+                                        f"ip link set {SSH_LINK} up"])
+    told = []
+    status, rx.Screen.status = rx.Screen.status, lambda self, text: told.append(text)
+    try:
+        session.ok("-k far -o x import time; time.sleep(5); x = 7")
+    finally:
+        rx.Screen.status = status
+        cut.wait()
+    assert session.ns["far"].x == 7
+    assert any("far does not answer since" in text for text in told)
+    session.ok("-k far -s")
+
+
+@over_ssh
+def test_killed_tunnel(session, far_specs):
+    session.ok("-k far=sshpyk-far -o pid pid = os.getpid()")
+    killer = subprocess.Popen(["sh", "-c", f"sleep 1; ssh -O exit {SSH_HOST}"],
+                              stderr=subprocess.DEVNULL)
+    session.run("-k far -o x -t 60 import time; time.sleep(4); x = 7")
+    killer.wait()
+    assert session.error is None and session.ns["far"].x == 7 or (
+        session.error.failures["far"].ename == "LostReplyError"), session.error
+    session.ok("-k far -o x")
+    assert session.ns["far"].x == 7
+    session.ok("-k far -s")
+
+
+# ---- other Pythons --------------------------------------------------------
+
+OLD = {"2.7": ["ipykernel<5", "numpy"],
+       "3.6": ["ipykernel<6", "ipython<7.17", "jedi<0.18", "numpy<1.20"],
+       "3.8": ["ipykernel<6.30", "numpy<1.25"]}
+
+
+def old_python(version):
+    found = sorted(pathlib.Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser().glob(
+        f"versions/{version}.*/bin/python"))
+    return found and str(found[-1])
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("version", OLD)
+def test_old_pythons(session, tmp_path, monkeypatch, version, tmp_path_factory):
+    python = old_python(version)
+    if not python:
+        pytest.skip(f"no Python {version} (pyenv)")
+    target = tmp_path_factory.getbasetemp() / f"python{version}"
+    subprocess.run([python, "-m", "pip", "install", "-q", "--target", str(target), *OLD[version]],
+                   check=True, capture_output=True)
+    install_spec(tmp_path, monkeypatch, "old", [
+        python, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        env={"PYTHONPATH": str(target)})
+    session.ns.update(text="h\xe9", array=np.arange(3e5), n=[1, 2.5, None])
+    session.ok("-k old -p text,array,n -o version,s,array,n,text", (
+        "import sys\nversion = sys.version_info[:2]\ns = 'plain'\narray[0] = 5\nprint(n)"))
+    old = session.ns["old"]
+    assert ".".join(map(str, old.version)) == version and session.out == "[1, 2.5, None]\n"
+    assert (old.s, old.text, old.n) == ("plain", "h\xe9", [1, 2.5, None])
+    assert old.array.dtype == float and old.array.flags.writeable and old.array[0] == 5
+    interrupting(session, "-k old", "import time; time.sleep(60)", 1)
+    assert isinstance(session.error, KeyboardInterrupt)
+    session.ok("-k old -o s -s s = 2")
+    session.ok("-k old -s")
+
+
+# ---- the documents --------------------------------------------------------
+
+def test_readme(tmp_path):
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    assert len(re.search(r"```sh\n(.*?)```", readme, re.S).group(1).strip().splitlines()) == 2
+    for option in ("kernels", "output", "input", "push", "shutdown", "timeout", "list"):
+        assert f"--{option}" in readme and f"--{option}" in rx.RemoteExecMagics.remote_exec.__doc__
+    script = tmp_path / "readme.ipy"
+    script.write_text("\n".join(re.findall(r"```python\n(.*?)```", readme, re.S)))
+    (tmp_path / "a.txt").write_text("1 2\n3 4\n")
+    (tmp_path / "b.txt").write_text("5 6\n7 8\n")
+    script.write_text(script.read_text().replace("/data/run7", str(tmp_path)).replace(
+        "/scratch", str(tmp_path)))
+    done = ipython(str(script))
+    assert done.stderr == "" and "Traceback" not in done.stdout, done
+
+
+def test_one_file_is_enough(tmp_path):
+    (tmp_path / "remote_exec.py").write_text((HERE / "remote_exec.py").read_text())
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    environment["PYTHONPATH"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "IPython", "--ext", "remote_exec", "-c",
+                           "%remote_exec -k k=python3 print(1)"], cwd=str(tmp_path),
+                          capture_output=True, text=True, env=environment, timeout=60)
+    assert done.stdout == "1\n"
+
+
+# ---- figures --------------------------------------------------------------
+
+def median_time(function, times=7):
+    spent = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        function()
+        spent.append(time.perf_counter() - begin)
+    return statistics.median(spent)
+
+
+@bench
+@pytest.mark.bench
+def test_bench_transfer(session):
+    import socket
+    import threading
+    session.ok("-k a import numpy as np; big = np.ones(100_000_000 // 8)")
+    session.ns["big"] = np.ones(100_000_000 // 8)
+    fetch = median_time(lambda: session.ok("-k a -o big"))
+    push = median_time(lambda: session.ok("-k a -p big"))
+
+    def raw():
+        server = socket.create_server(("127.0.0.1", 0))
+        data = bytes(100_000_000)
+
+        def serve():
+            connection, _ = server.accept()
+            connection.sendall(data)
+            connection.close()
+        threading.Thread(target=serve).start()
+        client, got = socket.create_connection(server.getsockname()), 0
+        buffer = memoryview(bytearray(100_000_000))
+        while got < 100_000_000:
+            got += client.recv_into(buffer[got:])
+    raw_time = median_time(raw)
+    print(f"\n-o of 100 MB: {0.1 / fetch:.2f} GB/s, {raw_time / fetch:.2f} of a raw socket; "
+          f"-p: {0.1 / push:.2f} GB/s")
+
+
+@bench
+@pytest.mark.bench
+def test_bench_round_trip(session):
+    manager, client = start_new_kernel(kernel_name="python3")
+    bare = median_time(lambda: client.execute("x = 1", reply=True, timeout=10), 100)
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+    one = median_time(lambda: session.ok("-k a -o x x = 1"), 100)
+    names = ",".join(f"n{i}=python3" for i in range(8))
+    session.ok(f"-k {names}")
+    eight = median_time(lambda: session.ok(f"-k {names} -o x x = 1"), 50)
+    session.ok(f"-k {names} -s")
+    print(f"\na cell with an output: {one * 1e3:.1f} ms, {one / bare:.2f} of a bare client; "
+          f"eight kernels at once: {eight / one:.1f} of one")
+
+
+def test_pickle_protocol(session):
+    assert session.magics.kernels["a"].protocol == pickle.HIGHEST_PROTOCOL
