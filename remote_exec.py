@@ -149,13 +149,26 @@ def pack(values, protocol):
     return [cloudpickle.dumps(values, protocol, **options)] + buffers
 
 
+def load(buffers):
+    """The dict that `pack` was given; raises whatever unpickling raises."""
+    if sys.version_info < (3,):
+        return pickler.loads(memoryview(buffers[0]).tobytes())
+    options = {"buffers": buffers[1:]} if len(buffers) > 1 else {}
+    return pickle.loads(buffers[0], encoding="latin1", **options)
+
+
 def unpack(buffers, there):
-    """The dict that `pack` was given. `there` is the sender's `versions()`."""
+    """As `load`, across versions too. `there` is the sender's `versions()`."""
     try:
-        if sys.version_info < (3,):
-            return pickler.loads(memoryview(buffers[0]).tobytes())
-        options = {"buffers": buffers[1:]} if len(buffers) > 1 else {}
-        return pickle.loads(buffers[0], encoding="latin1", **options)
+        try:
+            return load(buffers)
+        except ImportError as error:
+            if "_core" not in str(error):
+                raise
+            import numpy.core.numeric  # numpy 2 writes _core for what was core before 1.26
+            for part in ("", ".multiarray", ".numeric"):
+                sys.modules["numpy._core" + part] = sys.modules["numpy.core" + part]
+            return load(buffers)
     except Exception as error:
         if "numpy" in str(error) or "pandas" in str(error):
             raise ValueError("%s (pickled with %s, loaded with %s)" % (
@@ -239,7 +252,7 @@ def setup_code():
     the user's namespace and nothing else."""
     source = REMOTE_IMPORTS + f"IN_BAND = {IN_BAND}\n" + "\n".join(
         inspect.getsource(part) for part in
-        (NoMain, pack, unpack, versions, prepare, send, publish_all))
+        (NoMain, pack, load, unpack, versions, prepare, send, publish_all))
     return (
         "import os, pickle\n"
         f"exec(compile({ascii(source)}, '<remote_exec>', 'exec'), "
