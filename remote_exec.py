@@ -165,7 +165,7 @@ def unpack(buffers, there):
         except ImportError as error:
             if "_core" not in str(error):
                 raise
-            import numpy.core.numeric  # numpy 2 writes _core for what was core before 1.26
+            import numpy.core.numeric  # noqa: F401  (numpy 2 writes _core for core)
             for part in ("", ".multiarray", ".numeric"):
                 sys.modules["numpy._core" + part] = sys.modules["numpy.core" + part]
             return load(buffers)
