@@ -1055,9 +1055,10 @@ def test_one_file_is_enough(tmp_path):
     (tmp_path / "remote_exec.py").write_text((HERE / "remote_exec.py").read_text())
     environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
     environment["PYTHONPATH"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-m", "IPython", "--no-term-title", "--ext",
-                           "remote_exec", "-c", "%remote_exec -k k=python3 print(1)"], cwd=str(tmp_path),
-                          capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "IPython", "--no-term-title", "--ext", "remote_exec", "-c",
+         "%remote_exec -k k=python3 print(1)"], cwd=str(tmp_path), capture_output=True,
+        text=True, env=environment, timeout=60)
     assert done.stdout == "1\n"
 
 
