@@ -513,9 +513,14 @@ class Kernel:
                 self.stderr.close()
 
 
-async def stop_all(kernels, grace):
-    """Shut `kernels` down at the same time; what fails for one stops no other."""
-    await asyncio.gather(*[kernel.stop(grace) for kernel in kernels], return_exceptions=True)
+async def stop_all(kernels, grace, limit=None):
+    """Shut `kernels` down at the same time, within `limit` seconds; what fails
+    for one stops no other."""
+    stops = asyncio.gather(*[kernel.stop(grace) for kernel in kernels], return_exceptions=True)
+    try:
+        await asyncio.wait_for(stops, limit)
+    except asyncio.TimeoutError:
+        pass
 
 
 # ---- a run ----------------------------------------------------------------
@@ -691,7 +696,8 @@ class Request:
             if ours and kind == "input_request":
                 self.question = (str(content["prompt"]), bool(content.get("password")))
         elif kind == "status":
-            if content["execution_state"] == "idle" and parent in (self.msg_id, self.probe):
+            if content["execution_state"] == "idle" and parent and parent in (
+                    self.msg_id, self.probe):
                 self.idle = True
         elif kind == "comm_msg":
             if ours and content["comm_id"] == "remote_exec" and self.outputs is None:
@@ -1358,11 +1364,11 @@ class RemoteExecMagics(Magics):
             kernel.close()
         if kernels:
             try:
-                asyncio.run(asyncio.wait_for(stop_all(kernels, 1), 2))
-            except RuntimeError:  # called where a loop runs, as in a notebook's %unload_ext
+                asyncio.get_running_loop()
+            except RuntimeError:  # the end of the process, which may refuse new threads
+                asyncio.run(stop_all(kernels, 1, limit=2))
+            else:
                 self.stop(kernels, 1)
-            except asyncio.TimeoutError:
-                pass
 
     # what helps the user
 

@@ -19,6 +19,7 @@ import time
 
 import numpy as np
 import pytest
+import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from IPython.core.error import UsageError
@@ -227,6 +228,8 @@ def test_messages_of_others_change_nothing():
     request = request_without_kernel()
     request.hear("shell", message("execute_reply", {"status": "error"}, "other"))
     request.hear("iopub", message("status", {"execution_state": "idle"}, "other"))
+    request.hear("iopub", message("status", {"execution_state": "idle"}, None))
+    request.hear("shell", message("execute_reply", {"status": "ok"}, None))
     request.hear("iopub", message("comm_msg", {"comm_id": "remote_exec", "data": {}}, "other"))
     assert not request.done and request.outputs is None and request.failure is None
     request.hear("iopub", message("comm_msg", {"comm_id": "wrong", "data": {}}))
@@ -637,6 +640,18 @@ def test_connection_files_are_private(session):
     assert os.path.dirname(name) == jupyter_runtime_dir()
 
 
+@pytest.mark.newest  # jupyter_client has no encryption on the floor
+def test_strangers_hear_nothing(session):
+    client = session.magics.kernels["a"].client
+    assert client.curve_publickey
+    with zmq.Context() as context, context.socket(zmq.SUB) as stranger:
+        stranger.linger = 0
+        stranger.connect(f"tcp://{client.ip}:{client.iopub_port}")
+        stranger.subscribe(b"")
+        session.ok("-k a print('secret')")
+        assert session.out == "secret\n" and not stranger.poll(1500)
+
+
 def test_wrong_signature_is_ignored(session):
     kernel = session.magics.kernels["a"]
     key, kernel.client.session.key = kernel.client.session.key, b"wrong"
@@ -785,6 +800,15 @@ def test_notebook_status_line(notebook):
     told = [m["content"]["data"]["text/plain"] for m in messages if "display" in m["msg_type"]]
     assert told[0].startswith("waiting for k1, k2 (") and re.fullmatch(
         r"k1 5\.\d s; k2 5\.\d s", told[-1])
+
+
+def test_notebook_unloads(notebook):
+    notebook.run("%remote_exec -k k1 -o pid pid = os.getpid()")
+    notebook.run("print(k1.pid)")
+    pid = int(notebook.text)
+    reply, _ = notebook.run("%unload_ext remote_exec")
+    assert reply["status"] == "ok" and notebook.text == "" and gone(pid, 3)
+    notebook.run("%load_ext remote_exec")
 
 
 def test_notebook_end():
