@@ -14,6 +14,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -32,6 +33,8 @@ import remote_exec as rx
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
+RUNTIME = tempfile.TemporaryDirectory()  # what appears there is ours, whoever else runs
+os.environ["JUPYTER_RUNTIME_DIR"] = RUNTIME.name
 HERE = pathlib.Path(__file__).parent
 SSH_HOST = os.environ.get("REMOTE_EXEC_SSH_HOST")
 SSH_LINK = os.environ.get("REMOTE_EXEC_SSH_LINK")
