@@ -455,6 +455,11 @@ class Kernel:
         if not self.attached:
             in_thread(self.manager.signal_kernel(signal.SIGINT))
 
+    @property
+    def process(self):
+        """The local process, where the kernel's provisioner has one."""
+        return getattr(getattr(self.manager, "provisioner", None), "process", None)
+
     async def end(self):
         """None while the kernel runs, else how it ended. May take long."""
         if self.attached:
@@ -465,7 +470,7 @@ class Kernel:
             except OSError:
                 pass
             return None
-        process = getattr(self.manager.provisioner, "process", None)
+        process = self.process
         if await self.manager.is_alive():
             return None
         code = getattr(process, "returncode", None)
@@ -724,7 +729,7 @@ class Request:
 
     def _show(self, kind, content, ours):
         name = self.kernel.name
-        if self.errors and ours and kind != "status":
+        if ours:
             self.show_errors()
         if kind == "stream":
             self.screen.stream(name, content["name"], content["text"])
@@ -750,7 +755,7 @@ class Request:
             kernel.broken, self.asked = True, 0
         elif channel == "hb":
             kernel.sockets[channel].recv()
-            self.ping, self.heard_beat = None, time.monotonic()
+            self.ping = None
         else:
             message = kernel.receive(channel)
             if message is not None:
@@ -1162,8 +1167,7 @@ class RemoteExecMagics(Magics):
             past.question = None
             past.drain()
             screen.finish(kernel.name)
-            process = getattr(getattr(kernel.manager, "provisioner", None), "process", None)
-            if kernel.broken or process is not None and process.poll() is not None:
+            if kernel.broken or kernel.process and kernel.process.poll() is not None:
                 kernel.busy = None
                 suspects.append(Request(kernel, screen, "kernel_info_request"))
             elif kernel.busy and not kernel.busy.done:
@@ -1375,11 +1379,10 @@ class RemoteExecMagics(Magics):
     def listing(self):
         lines = ["running kernels:"]
         for name, kernel in self.kernels.items():
-            process = getattr(getattr(kernel.manager, "provisioner", None), "process", None)
             past = kernel.busy
             if past:
                 past.drain()
-            state = ("dead" if process is not None and process.poll() is not None else
+            state = ("dead" if kernel.process and kernel.process.poll() is not None else
                      "busy" if past and not past.done else "idle")
             lines.append(f"  {name}  {kernel.spec}  {state}")
         if not self.kernels:
