@@ -23,6 +23,7 @@ import difflib
 import getopt
 import getpass
 import inspect
+import io
 import json
 import keyword
 import logging
@@ -41,6 +42,7 @@ from typing import NamedTuple
 
 import zmq
 import zmq.asyncio
+from IPython import get_ipython
 from IPython.core import page
 from IPython.core.error import UsageError
 from IPython.core.magic import (
@@ -98,8 +100,9 @@ def label(name, text):
 
 # ---- the remote side ------------------------------------------------------
 # The source of these functions goes to every Python kernel, from 2.7 on, into
-# a module of its own; `pack` and `unpack` serve on this side too.
+# a module of its own; those that pickle serve on this side too.
 
+REMOTE_IMPORTS = "import io, os, pickle, sys\nfrom IPython import get_ipython\n"
 IN_BAND = 65536  # bytes; a message frame of its own costs more than copying less
 
 
@@ -108,67 +111,77 @@ class NoMain(pickle.Unpickler):
 
     def find_class(self, module, name):
         if module == "__main__":
-            raise pickle.PicklingError("%s is defined in the session; installing "
-                                       "cloudpickle on both sides would do it" % name)
+            raise pickle.PicklingError("%s is defined in __main__" % name)
         return pickle.Unpickler.find_class(self, module, name)
 
 
 def pack(values, protocol):
-    """Pickle of `values` and its out-of-band buffers (PEP 574), as one list.
+    """A list: the pickle of `values`, and its out-of-band buffers (PEP 574).
 
-    Raises whatever pickling raises; cloudpickle, where it is installed, takes
-    what plain pickle can't, and what belongs to the session (`__main__`).
+    What plain pickle can't take, or writes as a reference to the session, is
+    for cloudpickle, where that is installed. Raises whatever pickling raises.
     """
     buffers = []
 
     def in_band(buffer):
         view = buffer.raw()
-        if view.nbytes < IN_BAND:
-            return True
-        buffers.append(view)
+        if view.nbytes >= IN_BAND:
+            buffers.append(view)
+        return view.nbytes < IN_BAND
 
     options = {"buffer_callback": in_band} if protocol >= 5 else {}
     try:
-        data = pickler.dumps(values, protocol, **options)
-        problem = None
-        if b"__main__" not in data:
-            return [data] + buffers
-    except Exception as error:
-        problem = error
-    try:
-        import cloudpickle
-    except ImportError:
-        if problem is None:
+        data = pickle.dumps(values, protocol, **options)
+        if b"__main__" in data:
             NoMain(io.BytesIO(data), **({"buffers": buffers} if buffers else {})).load()
-            return [data] + buffers
-        if "__main__" in str(problem) or "<locals>" in str(problem):
-            raise pickle.PicklingError("%s; installing cloudpickle on both sides "
-                                       "would do it" % problem)
-        raise problem
-    del buffers[:]
-    return [cloudpickle.dumps(values, protocol, **options)] + buffers
+    except Exception as error:
+        try:
+            import cloudpickle
+        except ImportError:
+            if "__main__" in str(error) or "<locals>" in str(error):
+                raise pickle.PicklingError(
+                    "%s; installing cloudpickle on both sides would do it" % error)
+            raise error
+        del buffers[:]
+        data = cloudpickle.dumps(values, protocol, **options)
+    return [data] + buffers
 
 
-def load(buffers):
-    """The dict that `pack` was given; raises whatever unpickling raises."""
-    if sys.version_info < (3,):
-        return pickler.loads(memoryview(buffers[0]).tobytes())
-    options = {"buffers": buffers[1:]} if len(buffers) > 1 else {}
-    return pickle.loads(buffers[0], encoding="latin1", **options)
+def pack_each(values, protocol):
+    """(what `pack` returns, failures): all of the dict `values` that can be
+    pickled, in one pickle, so that what they share stays shared."""
+    try:
+        return pack(values, protocol), []
+    except Exception:
+        good, failures = {}, []
+        for name in values:
+            try:
+                pack({name: values[name]}, protocol)
+                good[name] = values[name]
+            except Exception as error:
+                failures.append([type(error).__name__, "%s: %s" % (name, error)])
+        return pack(good, protocol), failures
 
 
 def unpack(buffers, there):
-    """As `load`, across versions too. `there` is the sender's `versions()`."""
+    """The dict that `pack` was given; `there` is the sender's `versions`.
+    Raises whatever unpickling raises."""
+    def load():
+        if sys.version_info < (3,):
+            return pickle.loads(memoryview(buffers[0]).tobytes())
+        options = {"buffers": buffers[1:]} if len(buffers) > 1 else {}
+        return pickle.loads(buffers[0], encoding="latin1", **options)
+
     try:
         try:
-            return load(buffers)
+            return load()
         except ImportError as error:
-            if "_core" not in str(error):
+            if "No module named _core" not in str(error).replace("'", "").replace("numpy.", ""):
                 raise
             import numpy.core.numeric  # noqa: F401  (numpy 2 writes _core for core)
             for part in ("", ".multiarray", ".numeric"):
                 sys.modules["numpy._core" + part] = sys.modules["numpy.core" + part]
-            return load(buffers)
+            return load()
     except Exception as error:
         if "numpy" in str(error) or "pandas" in str(error):
             raise ValueError("%s (pickled with %s, loaded with %s)" % (
@@ -184,7 +197,7 @@ def versions():
 
 def prepare(directory, pushed, there):
     """Change directory, take the pushed variables from the request's buffers."""
-    shell = get_ipython()  # noqa: F821
+    shell = get_ipython()
     if directory:
         if not os.path.isdir(directory):
             directory = os.path.expandvars(os.path.expanduser(directory))
@@ -198,31 +211,16 @@ def prepare(directory, pushed, there):
 
 
 def send(names, protocol):
-    """Publish the variables `names` as buffers of one comm message.
-
-    One pickle for all, so that what they share stays shared. Those that can't
-    go are left out, and named with the reason in the message's data.
-    """
-    namespace = get_ipython().user_ns  # noqa: F821
-    failures, values = [], {}
-    for name in names:
-        if name in namespace:
-            values[str(name)] = namespace[name]
-        else:
-            failures.append(["NameError", "name '%s' is not defined" % name])
-    try:
-        parts = pack(values, protocol)
-    except Exception:
-        for name in list(values):
-            try:
-                pack({name: values[name]}, protocol)
-            except Exception as error:
-                failures.append([type(error).__name__, "%s: %s" % (name, error)])
-                del values[name]
-        parts = pack(values, protocol)
+    """Publish the variables `names` as buffers of one comm message. Those that
+    can't go are named, with the reason, in the message's data."""
+    namespace = get_ipython().user_ns
+    parts, failures = pack_each(
+        {str(name): namespace[name] for name in names if name in namespace}, protocol)
+    failures += [["NameError", "name '%s' is not defined" % name]
+                 for name in names if name not in namespace]
     try:
         from comm import create_comm
-    except ImportError:
+    except ImportError:  # before ipykernel 6
         from ipykernel.comm import Comm as create_comm
     comm = create_comm(target_name="remote_exec", comm_id="remote_exec", primary=False)
     comm.send({"failures": failures, "versions": versions()}, buffers=parts)
@@ -235,24 +233,11 @@ def publish_all(kernel):
         thread.schedule(lambda: setattr(thread.socket, "sndhwm", 0))
 
 
-REMOTE_IMPORTS = """
-import io, os, pickle, sys
-from IPython import get_ipython
-try:
-    import cPickle as pickler
-except ImportError:
-    pickler = pickle
-"""
-pickler = pickle
-import io  # noqa: E402  (beside the imports of the remote side, which it mirrors)
-
-
 def setup_code():
     """Code that makes the remote side's module, and adds `pickle` and `os` to
     the user's namespace and nothing else."""
-    source = REMOTE_IMPORTS + f"IN_BAND = {IN_BAND}\n" + "\n".join(
-        inspect.getsource(part) for part in
-        (NoMain, pack, load, unpack, versions, prepare, send, publish_all))
+    source = REMOTE_IMPORTS + f"IN_BAND = {IN_BAND}\n" + "\n".join(map(inspect.getsource, (
+        NoMain, pack, pack_each, unpack, versions, prepare, send, publish_all)))
     return (
         "import os, pickle\n"
         f"exec(compile({ascii(source)}, '<remote_exec>', 'exec'), "
@@ -263,21 +248,21 @@ def setup_code():
 
 def remote_call(function, *arguments):
     """Expression that calls a function of the remote side, in any Python."""
-    return (f"__import__('_remote_exec').{function}"
+    return (f"__import__('_remote_exec').{function.__name__}"
             f"(*__import__('json').loads({json.dumps(arguments)!r}))")
 
 
 # ---- options and targets --------------------------------------------------
+
+SHORT, LONG = "k:o:i:p:t:sl", [
+    "kernels=", "output=", "input=", "push=", "timeout=", "shutdown", "list"]
+
 
 class Target(NamedTuple):
     """One entry of ``-k``: NAME[=SPEC][:DIRECTORY]."""
     name: str
     spec: str
     directory: str
-
-
-SHORT, LONG = "k:o:i:p:t:sl", [
-    "kernels=", "output=", "input=", "push=", "timeout=", "shutdown", "list"]
 
 
 def parse_line(line):
@@ -325,6 +310,17 @@ def parse_targets(entries):
     return targets
 
 
+def parse_seconds(text):
+    """The time-out that `text` gives; UsageError unless it is above 0 and finite."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"-t: {text!r} is not a positive number of seconds")
+    return seconds
+
+
 def match_spec(wanted, specs):
     """The one of `specs` that `wanted` means: the exact one, else the only one
     that contains it, else the only one that matches, ignoring case, with ``_``
@@ -343,12 +339,19 @@ def match_spec(wanted, specs):
     raise UsageError(f"no kernelspec matches {wanted!r}; there are: {', '.join(closest)}")
 
 
-def substitute(code, values):
-    """`code` with each ``{name}`` of `values` replaced, in one exact pass."""
-    if not values:
-        return code
-    return re.sub(r"\{(%s)\}" % "|".join(map(re.escape, values)),
-                  lambda match: values[match.group(1)], code)
+def substitute(code, name, values):
+    """`code` for kernel `name`, with each ``{variable}`` of `values` replaced in
+    one exact pass. UsageError where a dict has no key `name`, or str() fails."""
+    texts = {}
+    for variable, value in values.items():
+        if isinstance(value, dict) and name not in value:
+            raise UsageError(f"-i: the dict {variable} has no key {name!r}")
+        try:
+            texts[variable] = str(value[name] if isinstance(value, dict) else value)
+        except Exception as error:
+            raise UsageError(f"-i: str({variable}) fails: {error}") from None
+    return re.sub(r"\{(%s)\}" % "|".join(map(re.escape, texts)),
+                  lambda match: texts[match.group(1)], code) if texts else code
 
 
 # ---- a kernel -------------------------------------------------------------
@@ -369,57 +372,45 @@ def in_thread(coroutine):
     return future
 
 
-class LastWords(logging.Handler):
-    """Keeps what a kernel's manager logs from the terminal, and the end of it
-    for the message that tells why the kernel did not start."""
-
-    def __init__(self):
-        super().__init__(logging.DEBUG)
-        self.lines = []
-
-    def emit(self, record):
-        said = re.search(r"stdout/stderr: (.*)", record.getMessage())
-        if said and not said.group(1).startswith(("SSHPYK", "debug")):
-            self.lines = [*self.lines, said.group(1)][-3:]
-
-
 class Kernel:
-    """A kernel, its manager where it was started here, and the sockets to it."""
+    """A kernel: its manager, where it was started here, and the sockets to it."""
 
     def __init__(self, name, spec, context, config):
-        self.name, self.spec, self.config = name, spec, config
+        self.name, self.spec, self.context, self.config = name, spec, context, config
         self.attached = spec.endswith(".json")
-        self.context = context
-        self.manager = self.client = None
-        self.sockets = {}
+        self.manager = self.client = self.language = None
         self.protocol = None  # pickle's highest over there; None: not Python
-        self.language = "?"
+        self.ready = False    # the remote side is there
+        self.sockets = {}
+        self.request = None   # the last one sent
         self.broken = False   # its connection was closed since we last heard from it
-        self.busy = None      # the request that was given up but may run on
-        self.stderr = None
-        self.log = logging.Logger("remote_exec")
-        self.log.addHandler(LastWords())
+        # what the process and its manager say: the end of it explains a failed start
+        self.words = tempfile.TemporaryFile("w+", errors="backslashreplace")
+        self.launched = in_thread(self.launch())
 
     async def launch(self):
         """Start the process. Raises what the kernel's provisioner raises."""
+        if self.attached:
+            return
         os.makedirs(jupyter_runtime_dir(), mode=0o700, exist_ok=True)
-        self.stderr = tempfile.TemporaryFile()
         config = Config()
         if AsyncKernelManager.class_traits().get("transport_encryption") and zmq.has("curve"):
             config.KernelManager.transport_encryption = "auto"
         config.merge(self.config)
+        log = logging.Logger("remote_exec")
+        log.addHandler(logging.StreamHandler(self.words))
+        log.addFilter(lambda record: "stdout/stderr: " in record.getMessage())  # sshpyk's
         self.manager = AsyncKernelManager(
-            kernel_name=self.spec, config=config, log=self.log,
+            kernel_name=self.spec, config=config, log=log,
             context=zmq.asyncio.Context.shadow(self.context.underlying),
             connection_file=os.path.join(jupyter_runtime_dir(), f"kernel-{uuid.uuid4()}.json"))
         # here a kernel's own output would show a second time, and unlabelled
-        await self.manager.start_kernel(stdout=subprocess.DEVNULL, stderr=self.stderr)
+        await self.manager.start_kernel(stdout=subprocess.DEVNULL, stderr=self.words)
 
     def connect(self):
         """Open the sockets, by what the connection file says."""
-        self.client = KernelClient(
-            context=self.context, log=self.log, connection_file=self.spec if self.attached
-            else self.manager.connection_file)
+        self.client = KernelClient(context=self.context, connection_file=(
+            self.spec if self.attached else self.manager.connection_file))
         self.client.load_connection_file()
         identity = self.client.session.bsession
         self.sockets = {
@@ -429,39 +420,103 @@ class Kernel:
             "control": self.client.connect_control(identity=identity),
             "hb": self.client.connect_hb()}
         self.sockets["hb"].setsockopt(zmq.REQ_RELAXED, 1)
-        for channel in ("iopub", "shell"):
-            self.sockets["closed " + channel] = self.sockets[channel].get_monitor_socket(
-                zmq.EVENT_DISCONNECTED)
+        self.sockets["closed"] = self.sockets["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
     def send(self, channel, kind, content, buffers=None):
-        """Send a request; returns its message id."""
+        """Send a message; returns its id."""
         return self.client.session.send(
             self.sockets[channel], kind, content, buffers=buffers)["header"]["msg_id"]
 
-    def receive(self, channel):
-        """The next message, or None. What isn't signed with this kernel's key,
-        or isn't a message at all, is as if it had never come."""
-        while True:
+    def submit(self, request):
+        """Send a request; the messages are for it from now on."""
+        self.request = request
+        self.heard = self.pinged = time.monotonic()
+        self.asked = self.probed = 0  # when we asked for its end, and sent a probe
+        self.ping = None              # when the heartbeat that was not answered was sent
+        self.end = None               # future of `ended`
+        self.interrupted = None       # when an interrupt was sent
+        request.msg_id = self.send("shell", request.kind, request.content, request.buffers)
+        request.buffers = None
+
+    def listen(self, channel):
+        """Take in what a socket has, up to 100 messages. What isn't signed with
+        this kernel's key, or isn't a message, is as if it had never come."""
+        if channel == "closed":
+            self.sockets[channel].recv_multipart()
+            self.broken, self.asked = True, 0
+            return
+        self.heard = time.monotonic()
+        if channel == "hb":
+            self.sockets[channel].recv()
+            self.ping = None
+            return
+        for _ in range(100):
             try:
-                return self.client.session.recv(self.sockets[channel], copy=False)[1]
+                message = self.client.session.recv(self.sockets[channel], copy=False)[1]
             except zmq.ZMQError:
                 raise
             except Exception:
                 continue
+            if message is None:
+                return
+            self.request.hear(channel, message)
 
-    def signal_interrupt(self):
-        """Interrupt by the provisioner's signal: for kernels that don't answer
-        an interrupt_request (ipykernel before 6)."""
-        if not self.attached:
-            in_thread(self.manager.signal_kernel(signal.SIGINT))
+    def drain(self, wait=0):
+        """Take in all that has come by now, or comes within `wait` ms of it."""
+        if self.sockets["closed"].poll(0):
+            self.listen("closed")
+        for channel in ("iopub", "shell", "control"):
+            while self.sockets[channel].poll(wait):
+                self.listen(channel)
+
+    def interrupt(self):
+        """Interrupt what runs there (protocol 5.3, "Kernel interrupt")."""
+        self.interrupted = time.monotonic()
+        self.send("control", "interrupt_request", {})
+
+    def watch(self, now):
+        """Look after a kernel whose request is not done: does it live, does the
+        network, was a reply lost?"""
+        request, silent = self.request, now - self.heard
+        if self.end is None and now - self.asked > 3 and (silent > 1 or self.broken):
+            self.end, self.asked = in_thread(asyncio.wait_for(self.ended(), 15)), now
+        if self.end is not None and self.end.done():
+            how = None if self.end.exception() else self.end.result()
+            self.end = None
+            if how:
+                self.drain(200)
+                request.die(how)
+                return
+        # replies come in order: that of a later request tells that ours was lost
+        half = (request.reply is not None) != request.idle
+        patience = 1 if request.kind == "execute_request" else 0.3
+        if (self.broken or half and silent > patience) and now - self.probed > 10:
+            request.probe, self.probed = self.send("shell", "kernel_info_request", {}), now
+            self.broken = False
+        if silent > 2 and now - self.pinged > (2 if self.ping is None else 10):
+            self.ping, self.pinged = self.ping or now, now
+            try:
+                self.sockets["hb"].send(b"ping", zmq.NOBLOCK)
+            except zmq.Again:  # not connected
+                pass
+        if self.interrupted and not request.interrupt_answered and now - self.interrupted > 2:
+            request.interrupt_answered = True  # ipykernel before 6 heeds the signal alone
+            if not self.attached:
+                in_thread(self.manager.signal_kernel(signal.SIGINT))
 
     @property
-    def process(self):
-        """The local process, where the kernel's provisioner has one."""
-        return getattr(getattr(self.manager, "provisioner", None), "process", None)
+    def busy(self):
+        """Whether it may still run a request that was given up."""
+        return self.request is not None and not self.request.done
 
-    async def end(self):
-        """None while the kernel runs, else how it ended. May take long."""
+    @property
+    def exited(self):
+        """Whether its local process has ended, where its provisioner has one."""
+        process = getattr(getattr(self.manager, "provisioner", None), "process", None)
+        return process is not None and process.poll() is not None
+
+    async def ended(self):
+        """How the kernel ended, or None while it runs. May take long."""
         if self.attached:
             try:
                 socket.create_connection((self.client.ip, self.client.shell_port), 5).close()
@@ -470,7 +525,7 @@ class Kernel:
             except OSError:
                 pass
             return None
-        process = self.process
+        process = getattr(self.manager.provisioner, "process", None)
         if await self.manager.is_alive():
             return None
         code = getattr(process, "returncode", None)
@@ -479,19 +534,14 @@ class Kernel:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def last_words(self):
-        """What the process said on stderr before it ended."""
-        lines = []
-        if self.stderr:
-            self.stderr.seek(max(0, self.stderr.seek(0, os.SEEK_END) - 2000))
-            lines = self.stderr.read().decode(errors="replace").split("\n")
-        return " | ".join([line.strip() for line in lines + self.log.handlers[0].lines
-                           if line.strip()][-3:])
+        """The last lines of what the process and its manager said."""
+        self.words.seek(max(0, self.words.seek(0, os.SEEK_END) - 2000))
+        return " | ".join([line.strip() for line in self.words if line.strip()][-3:])
 
     def close(self):
         """Close our ends."""
-        for channel in ("iopub", "shell"):
-            if channel in self.sockets:
-                self.sockets[channel].disable_monitor()
+        if self.sockets:
+            self.sockets["shell"].disable_monitor()
         for each in self.sockets.values():
             each.close(linger=0)
         self.sockets = {}
@@ -499,23 +549,22 @@ class Kernel:
     async def stop(self, grace):
         """Shut the kernel down, by force after `grace` seconds; leave no process
         and no file behind. An attached one runs on."""
+        await asyncio.gather(asyncio.wrap_future(self.launched), return_exceptions=True)
         if self.manager is None or self.manager.provisioner is None:
             return
         self.manager.shutting_down = True
         try:
-            if self.manager.has_kernel:
-                if grace:
-                    await self.manager.request_shutdown()
-                    await asyncio.wait_for(self.manager.finish_shutdown(waittime=2 * grace), grace)
-                else:
-                    raise asyncio.TimeoutError
+            if self.manager.has_kernel and grace:
+                await self.manager.request_shutdown()
+                await asyncio.wait_for(self.manager.finish_shutdown(waittime=2 * grace), grace)
+            elif self.manager.has_kernel:
+                raise asyncio.TimeoutError
         except asyncio.TimeoutError:
             await asyncio.wait_for(self.manager.provisioner.kill(), 5)
             await asyncio.wait_for(self.manager.provisioner.wait(), 5)
         finally:
             await self.manager.cleanup_resources()
-            if self.stderr:
-                self.stderr.close()
+            self.words.close()
 
 
 async def stop_all(kernels, grace, limit=None):
@@ -530,44 +579,21 @@ async def stop_all(kernels, grace, limit=None):
 
 # ---- a run ----------------------------------------------------------------
 
-class Interrupts:
-    """Counts Ctrl-C: the first one is for the kernels, the second for us."""
-
-    def __init__(self):
-        self.count, self.asking = 0, False
-
-    def __enter__(self):
-        try:
-            self.previous = signal.signal(signal.SIGINT, self)
-        except ValueError:  # not the main thread: Ctrl-C doesn't come here
-            self.previous = None
-        return self
-
-    def __exit__(self, *_):
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
-
-    def __call__(self, signum, frame):
-        self.count += 1
-        if self.count > 1 or self.asking:
-            raise KeyboardInterrupt
-
-
 class Screen:
     """Shows here what kernels publish: unlabelled for one, else line by line
     under `label`."""
 
     def __init__(self, shell, labelled):
         self.shell, self.labelled = shell, labelled
-        self.unfinished = {}
         self.file = sys.stdout
-        self.bar = None  # whose line a \r left open
-        self.status_id, self.status_text = None, ""
+        self.unfinished = {}         # text without a line's end, by (kernel, stream)
+        self.bar, self.since = None, 0  # whose line a \r left open, and when it got its turn
+        self.status_id = self.status_text = None
 
     def write(self, file, text):
-        if self.status_text and self.status_id is None:
+        if self.status_text and not self.status_id:
             sys.stderr.write("\r\x1b[K")
-            self.status_text = ""
+            self.status_text = None
         if file is not self.file:
             self.file.flush()
             self.file = file
@@ -582,64 +608,65 @@ class Screen:
         if not self.labelled:
             self.write(file, text)
             return
-        lines = re.split(r"(?<=\n)|(?<=\r)(?!\n)", self.unfinished.pop((name, stream), "") + text)
-        self.unfinished[name, stream] = lines.pop()
+        text = self.unfinished.pop((name, stream), "") + text
+        lines = re.split(r"(?<=\n)|(?<=\r)(?!\n)", text)
+        rest, now = lines.pop(), time.monotonic()
+        if lines and lines[-1].endswith("\r") and self.bar not in (None, name) and (
+                now - self.since < 1):
+            # progress bars take turns; what one does meanwhile, it would overwrite
+            rest = lines.pop() + rest
+            lines = [line for line in lines if not line.endswith("\r")]
+        self.unfinished[name, stream] = rest
         for line in lines:
+            bar = name if line.endswith("\r") else None
             if self.bar not in (None, name):
                 self.write(file, "\n")
+            if bar != self.bar:
+                self.since = now
             self.write(file, f"[{name}] {line}")
-            self.bar = name if line.endswith("\r") else None
+            self.bar = bar
 
     def finish(self, name):
         """Show the unfinished lines of a kernel: what comes next isn't theirs."""
+        self.since = 0
         for key in [key for key in self.unfinished if key[0] == name]:
             if self.unfinished[key]:
                 self.stream(*key, "\n")
-            self.unfinished.pop(key, None)
+            del self.unfinished[key]
 
     def display(self, name, kind, content):
-        data, transient = content["data"], content.get("transient") or {}
-        update = kind == "update_display_data"
+        data, update = content["data"], kind == "update_display_data"
         if self.labelled and not update:
             self.finish(name)
             text = str(data.get("text/plain", ""))
             self.write(sys.stdout, label(name, text)[:-len(text) or None])
-        self.flush()
+        self.file.flush()
         self.shell.display_pub.publish(
-            data=data, metadata=content.get("metadata") or {}, transient=transient, update=update)
+            data=data, metadata=content.get("metadata") or {},
+            transient=content.get("transient") or {}, update=update)
 
-    def clear(self, content):
-        self.shell.display_pub.clear_output(wait=bool(content.get("wait")))
-
-    def error(self, name, text):
+    def error(self, name, lines):
         self.finish(name)
+        text = "\n".join(lines)
         self.write(sys.stderr, (label(name, text) if self.labelled else text) + "\n")
 
-    def flush(self):
-        self.file.flush()
-
-    def status(self, text):
-        """One line, updated in place: a display in a notebook, else a terminal's."""
+    def status(self, text, last=False):
+        """One line, updated in place: a display in a notebook, else a terminal's.
+        The `last` one is for where there was one before."""
+        if last and not self.status_text:
+            return
         if hasattr(self.shell, "kernel"):
-            update = self.status_id is not None
-            self.status_id = self.status_id or uuid.uuid4().hex
+            update, self.status_id = bool(self.status_id), self.status_id or uuid.uuid4().hex
             self.shell.display_pub.publish(data={"text/plain": text}, metadata={}, update=update,
                                            transient={"display_id": self.status_id})
         elif sys.stderr.isatty():
-            sys.stderr.write(f"\r{text}\x1b[K")
+            sys.stderr.write(f"\r{text}\x1b[K" + ("\n" if last else ""))
             sys.stderr.flush()
-        self.status_text = text
-
-    def end_status(self, text):
-        if self.status_text or self.status_id:
-            self.status(text)
-            if self.status_id is None and sys.stderr.isatty():
-                sys.stderr.write("\n")
-            self.status_text = ""
+        self.status_text = None if last else text
 
 
 class Request:
-    """One request to one kernel, and what has been heard of it.
+    """One request to one kernel, and what is heard of it.
 
     `hear` gives messages their meaning (Jupyter messaging protocol 5.3) and
     waits for nothing; the request is done when both its reply (shell) and the
@@ -655,260 +682,224 @@ class Request:
             "allow_stdin": allow_stdin, "stop_on_error": False}
         self.msg_id = self.probe = None
         self.reply, self.idle, self.outputs, self.failure = None, False, None, None
-        self.errors = []        # tracebacks published; the reply's own is one of them
-        self.question = None    # an input_request that waits for its answer
-        self.interrupt_answered = self.timed_out = False
-        self.interrupted = self.signalled = None
-        self.end = None         # future of `Kernel.end`, while that is asked
-        self.ended = None       # seconds it took
-
-    def send(self):
-        self.sent = self.heard = self.pinged = time.monotonic()
-        self.asked, self.ping = 0, None
-        self.msg_id = self.kernel.send("shell", self.kind, self.content, self.buffers)
-        self.buffers = None
+        self.errors = []       # a traceback that was published; the reply may repeat it
+        self.question = None   # an input_request that waits for its answer
+        self.interrupt_answered = self.late = self.given_up = False
+        self.died = None       # how the kernel did
+        self.took = None       # seconds
 
     @property
     def done(self):
         return self.reply is not None and self.idle
 
+    def fail(self, ename, evalue, traceback=()):
+        self.failure = self.failure or Failure(ename, evalue, list(traceback))
+
+    def give_up(self, ename, evalue):
+        """Wait no longer; the kernel may stay busy with it."""
+        self.fail(ename, evalue)
+        self.given_up = True
+
+    def die(self, how):
+        """There is no kernel any more that could answer."""
+        if not self.done:
+            self.died, self.reply, self.idle = how, {}, True
+            self.failure = Failure("DeadKernelError", (
+                f"the kernel died ({how}); the next cell that names it starts it anew"))
+
     def hear(self, channel, message):
         """Take in a message. A malformed one is a failure, never an exception."""
         try:
-            self._hear(channel, message)
+            getattr(self, "hear_" + channel)(
+                message["msg_type"], message["content"], message["parent_header"], message)
         except Exception as error:
-            self.failure = self.failure or Failure(
-                "ProtocolError", f"{channel} message: {type(error).__name__}: {error}")
+            self.fail("ProtocolError", f"{channel} message: {type(error).__name__}: {error}")
 
-    def _hear(self, channel, message):
-        kind, content, parent = (
-            message["msg_type"], message["content"], message["parent_header"].get("msg_id"))
-        ours = parent is not None and parent == self.msg_id
-        if channel == "shell":
-            if ours and self.reply is None:
-                self.reply = {}
-                self.reply = self._judge(dict(content))
-            elif parent == self.probe and parent is not None:
-                self.probe = None
-                if self.reply is None:
-                    self.reply, self.idle = {}, True
-                    self.failure = Failure("LostReplyError", (
-                        "the connection broke, and the reply was lost with it; the kernel "
-                        "has its state and is free (-o without code fetches variables)"))
-        elif channel == "control":
-            self.interrupt_answered = self.interrupt_answered or kind == "interrupt_reply"
-        elif channel == "stdin":
-            if ours and kind == "input_request":
-                self.question = (str(content["prompt"]), bool(content.get("password")))
-        elif kind == "status":
-            if content["execution_state"] == "idle" and parent and parent in (
+    def hear_shell(self, kind, content, parent, message):
+        msg_id = parent.get("msg_id")
+        if msg_id and msg_id == self.msg_id and self.reply is None:
+            self.reply = {}
+            expressions = dict(content.get("user_expressions") or {})
+            for part in (content, expressions.get("remote_exec") or {}):
+                if part.get("status", "ok") == "aborted":
+                    self.fail("AbortedError", "the kernel dropped the code, since another client's "
+                              "failed before it; nothing ran: run it again")
+                elif part.get("status", "ok") != "ok":
+                    self.fail(str(part.get("ename") or ""), str(part.get("evalue") or "failed"),
+                              map(str, part.get("traceback") or []))
+            for payload in content.get("payload") or []:
+                if payload.get("source") == "page":
+                    page.page(payload["data"]["text/plain"])
+            self.reply = dict(content)
+        elif msg_id and msg_id == self.probe and self.reply is None:
+            self.reply, self.idle = {}, True
+            self.fail("LostReplyError", "the connection broke, and the reply was lost with it; the "
+                      "kernel has its state and is free (-o without code fetches variables)")
+
+    def hear_control(self, kind, content, parent, message):
+        self.interrupt_answered = self.interrupt_answered or kind == "interrupt_reply"
+
+    def hear_stdin(self, kind, content, parent, message):
+        if kind == "input_request" and parent.get("msg_id") == self.msg_id:
+            self.question = str(content["prompt"]), bool(content.get("password"))
+
+    def hear_iopub(self, kind, content, parent, message):
+        msg_id, name = parent.get("msg_id"), self.kernel.name
+        ours = msg_id is not None and msg_id == self.msg_id
+        if kind == "status":
+            if content["execution_state"] == "idle" and msg_id and msg_id in (
                     self.msg_id, self.probe):
                 self.idle = True
         elif kind == "comm_msg":
             if ours and content["comm_id"] == "remote_exec" and self.outputs is None:
                 self.outputs = dict(content["data"]), list(message["buffers"])
-        elif message["parent_header"].get("session") == self.kernel.client.session.session:
-            self._show(kind, content, ours)
-
-    def _judge(self, reply):
-        """Note the failure that a reply or its user_expression tells of."""
-        for part in (reply, dict(reply.get("user_expressions") or {}).get("remote_exec") or {}):
-            if part.get("status", "ok") == "aborted":
-                self.failure = self.failure or Failure(
-                    "AbortedError", "the kernel dropped the code, since another client's failed "
-                    "before it; nothing ran: run it again")
-            elif part.get("status", "ok") != "ok":
-                lines = part.get("traceback")
-                self.failure = self.failure or Failure(
-                    str(part.get("ename") or ""), str(part.get("evalue") or "failed"),
-                    [str(line) for line in lines] if isinstance(lines, list) else [])
-        for payload in reply.get("payload") or []:
-            if payload.get("source") == "page":
-                page.page(payload["data"]["text/plain"])
-        return reply
-
-    def _show(self, kind, content, ours):
-        name = self.kernel.name
-        if ours:
-            self.show_errors()
-        if kind == "stream":
-            self.screen.stream(name, content["name"], content["text"])
-        elif kind in ("display_data", "execute_result", "update_display_data"):
-            self.screen.display(name, kind, content)
-        elif kind == "clear_output":
-            self.screen.clear(content)
-        elif kind == "error" and ours:
-            self.errors = [str(line) for line in content["traceback"]]
-        elif kind == "error":
-            self.screen.error(name, "\n".join(content["traceback"]))
+        elif parent.get("session") == self.kernel.client.session.session:
+            if ours:
+                self.show_errors()
+            if kind == "stream":
+                self.screen.stream(name, content["name"], content["text"])
+            elif kind in ("display_data", "execute_result", "update_display_data"):
+                self.screen.display(name, kind, content)
+            elif kind == "clear_output":
+                self.screen.shell.display_pub.clear_output(wait=bool(content.get("wait")))
+            elif kind == "error":
+                self.errors = [str(line) for line in content["traceback"]]
+                if not ours:
+                    self.show_errors()
 
     def show_errors(self):
         if self.errors:
-            self.screen.error(self.kernel.name, "\n".join(self.errors))
+            self.screen.error(self.kernel.name, self.errors)
         self.errors = []
 
-    def listen(self, channel):
-        """Take in what one socket has for us."""
-        kernel = self.kernel
-        if channel.startswith("closed"):
-            kernel.sockets[channel].recv_multipart()
-            kernel.broken, self.asked = True, 0
-        elif channel == "hb":
-            kernel.sockets[channel].recv()
-            self.ping = None
-        else:
-            message = kernel.receive(channel)
-            if message is not None:
-                self.heard = time.monotonic()
-                self.hear(channel, message)
-
-    def drain(self, wait=0):
-        """Take in all that has come by now, or comes within `wait` ms of it."""
-        sockets = self.kernel.sockets
-        for channel in sockets:
-            # a closed connection is tried again and again: that has no end
-            if channel.startswith("closed") and sockets[channel].poll(0):
-                self.listen(channel)
-        for channel in ("iopub", "shell", "control"):
-            while sockets[channel].poll(wait):
-                self.listen(channel)
-
-    def interrupt(self):
-        self.interrupted = time.monotonic()
-        self.kernel.send("control", "interrupt_request", {})
-
-    def watch(self, now):
-        """Look after a silent request: is its kernel alive, was a reply lost?"""
-        kernel, silent = self.kernel, now - self.heard
-        if self.end is None and now - self.asked > 3 and (silent > 1 or kernel.broken):
-            self.end, self.asked = in_thread(asyncio.wait_for(kernel.end(), 15)), now
-        if self.end is not None and self.end.done():
-            how = None if self.end.exception() else self.end.result()
-            self.end = None
-            if how:
-                self.drain(200)
-                if not self.done:
-                    self.failure = Failure("DeadKernelError", (
-                        f"the kernel died ({how}); the next cell that names it starts it anew"))
-                    self.reply, self.idle = {}, True
-                return
-        half = (self.reply is not None) != self.idle
-        patience = 1 if self.kind == "execute_request" else 0.3
-        if (kernel.broken or half and silent > patience) and (
-                self.probe is None or now - self.probed > 10):
-            self.probe, self.probed = kernel.send("shell", "kernel_info_request", {}), now
-            kernel.broken = False
-        if silent > 2 and now - self.pinged > (2 if self.ping is None else 10):
-            self.ping, self.pinged = self.ping or now, now
-            try:
-                kernel.sockets["hb"].send(b"ping", zmq.NOBLOCK)
-            except zmq.Again:  # not connected
-                pass
-        if (self.interrupted and not self.interrupt_answered and not self.signalled
-                and now - self.interrupted > 2):
-            self.signalled = now
-            kernel.signal_interrupt()
-
-    def unanswered(self, now):
-        """Seconds for which even the heartbeat has not been answered, if over 4."""
-        return now - self.ping if self.ping and now - self.ping > 4 else 0
-
-    def give_up(self, failure):
-        self.failure = failure
-        self.kernel.busy = self
-
-    def answer(self, interrupts):
-        """Ask here what the kernel asks (an input_request)."""
-        prompt, password = self.question
-        self.question = None
+    def conclude(self, seconds, timeout):
+        """What remains to be told once the waiting is over."""
+        self.took = seconds
+        if self.late and self.failure and self.failure.ename == "KeyboardInterrupt":
+            self.failure = self.failure._replace(
+                ename="TimeoutError", evalue=f"still busy after {timeout:g} s; interrupted")
+        if self.failure is None:
+            self.show_errors()
+        elif not self.failure.traceback:
+            self.failure = self.failure._replace(traceback=self.errors)
         self.screen.finish(self.kernel.name)
-        self.screen.flush()
-        prompt = f"[{self.kernel.name}] {prompt}" if self.screen.labelled else prompt
-        interrupts.asking = True
+
+
+class Call:
+    """One call of the magic: its screen, and its Ctrl-C, which is counted while
+    the call is entered: the first is for the kernels, the second for us."""
+
+    def __init__(self, shell, labelled):
+        self.screen = Screen(shell, labelled)
+        self.interrupts, self.asking = 0, False
+
+    def __enter__(self):
         try:
-            value = (getpass.getpass if password else builtins.input)(prompt)
+            self.previous = signal.signal(signal.SIGINT, self.on_interrupt)
+        except ValueError:  # not the main thread: Ctrl-C doesn't come here
+            self.previous = None
+        return self
+
+    def __exit__(self, *_):
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+
+    def on_interrupt(self, signum, frame):
+        self.interrupts += 1
+        if self.interrupts > 1 or self.asking:
+            raise KeyboardInterrupt
+
+    def run(self, requests, timeout=None, grace=5.0, verb="waiting for"):
+        """Send all `requests`, and return when each is done, dead or given up.
+
+        After `timeout` seconds, the kernels still busy are interrupted, and given
+        up `grace` seconds later; after a Ctrl-C they are interrupted and waited
+        for (with no `grace`, given up). The second Ctrl-C gives all up. What came
+        of it stands in the requests. Raises nothing.
+        """
+        poller, owners = zmq.Poller(), {}
+        for request in requests:
+            request.kernel.submit(request)
+            for channel, each in request.kernel.sockets.items():
+                poller.register(each, zmq.POLLIN)
+                owners[each] = request.kernel, channel
+        begin = told = time.monotonic()
+        seen, waiting = self.interrupts, list(requests)
+        try:
+            while waiting:
+                for each, _ in poller.poll(100):
+                    kernel, channel = owners[each]
+                    # what was printed before a question stands before it
+                    if channel != "stdin" or not kernel.sockets["iopub"].poll(50):
+                        kernel.listen(channel)
+                now = time.monotonic()
+                for request in waiting:
+                    if request.question:
+                        self.ask(request)
+                    if not request.done:
+                        request.kernel.watch(now)
+                    if not request.done:
+                        late = timeout is not None and now - begin > timeout
+                        self.hurry(request, now, late, self.interrupts > seen, timeout, grace)
+                    if request.done or request.given_up:
+                        request.conclude(now - begin, timeout)
+                waiting = [request for request in waiting if request.took is None]
+                if now - told > 1:
+                    told = now
+                    self.screen.file.flush()
+                    self.tell(waiting, len(requests), now, now - begin, verb)
+        except KeyboardInterrupt:
+            for request in waiting:
+                request.give_up("KeyboardInterrupt", "left busy; -s replaces the kernel")
+                request.conclude(time.monotonic() - begin, timeout)
+        self.screen.status("; ".join(f"{r.kernel.name} {r.took:.1f} s" for r in requests),
+                           last=True)
+        self.screen.file.flush()
+
+    def hurry(self, request, now, late, interrupted, timeout, grace):
+        """Interrupt a request that is late or was interrupted; give up what
+        ignores a time-out's interrupt for `grace` seconds."""
+        sent = request.kernel.interrupted
+        if (late or interrupted) and not sent:
+            request.late = late
+            if grace:
+                request.kernel.interrupt()
+            elif late:
+                request.give_up("TimeoutError", f"no answer in {timeout:g} s")
+            else:
+                request.give_up("KeyboardInterrupt", "interrupted")
+        elif request.late and now - sent > grace:
+            request.give_up("TimeoutError", f"still busy after {timeout:g} s, and it ignores the "
+                            "interrupt; -s replaces the kernel")
+
+    def tell(self, waiting, total, now, spent, verb):
+        """After 3 s, say who is waited for, and who has not answered since when."""
+        pings = [(request.kernel.name, request.kernel.ping) for request in waiting]
+        silent = [f"; {name} does not answer since " + time.strftime(
+            "%H:%M:%S", time.localtime(time.time() - (now - ping)))
+            for name, ping in pings if ping and now - ping > 4]
+        if waiting and spent > 3 and (total > 1 or silent or verb == "starting"):
+            self.screen.status(f"{verb} {', '.join(name for name, _ in pings)} ({spent:.0f} s)"
+                               + "".join(silent))
+
+    def ask(self, request):
+        """Ask here what the kernel asks (an input_request)."""
+        (prompt, password), request.question = request.question, None
+        name = request.kernel.name
+        self.screen.finish(name)
+        self.screen.file.flush()
+        self.asking = True
+        try:
+            value = (getpass.getpass if password else builtins.input)(
+                f"[{name}] {prompt}" if self.screen.labelled else prompt)
         except EOFError:
             value = "\x04"
         except KeyboardInterrupt:
-            interrupts.count = max(1, interrupts.count)
+            self.interrupts = max(1, self.interrupts)
             return
         finally:
-            interrupts.asking = False
-        self.kernel.send("stdin", "input_reply", {"value": value})
-
-
-def run(requests, interrupts, screen, timeout=None, grace=5.0, verb="waiting for"):
-    """Send all `requests`, and return when each is done, dead or given up.
-
-    After `timeout` seconds, the kernels still busy are interrupted, and given
-    up `grace` seconds later; after a Ctrl-C they are interrupted and waited
-    for (with no `grace`, given up). The second Ctrl-C gives all up. What came
-    of it stands in the requests. Raises nothing.
-    """
-    poller, owners = zmq.Poller(), {}
-    for request in requests:
-        for channel, each in request.kernel.sockets.items():
-            poller.register(each, zmq.POLLIN)
-            owners[each] = request, channel
-        request.send()
-    begin, told, seen = time.monotonic(), time.monotonic(), interrupts.count
-    waiting = list(requests)
-    try:
-        while waiting:
-            for each, _ in poller.poll(100):
-                request, channel = owners[each]
-                # what was printed before a question stands before it
-                if channel != "stdin" or not request.kernel.sockets["iopub"].poll(50):
-                    request.listen(channel)
-            now = time.monotonic()
-            for request in waiting:
-                if request.question:
-                    request.answer(interrupts)
-                if not request.done:
-                    request.watch(now)
-                if request.done or request.failure and request.kernel.busy is request:
-                    request.ended = now - request.sent
-                    screen.finish(request.kernel.name)
-                    continue
-                late = timeout is not None and now - request.sent > timeout
-                if (late or interrupts.count > seen) and not request.interrupted:
-                    request.timed_out = late
-                    if grace:
-                        request.interrupt()
-                    else:
-                        request.give_up(
-                            Failure("TimeoutError", f"no answer in {timeout:g} s") if late
-                            else Failure("KeyboardInterrupt", "interrupted"))
-                elif request.timed_out and now - request.interrupted > grace:
-                    request.give_up(Failure("TimeoutError", (
-                        f"still busy after {timeout:g} s, and it ignores the interrupt; "
-                        "-s replaces the kernel")))
-            waiting = [request for request in waiting if request.ended is None]
-            if now - told > 1:
-                screen.flush()
-                told = now
-                silent = [f"{request.kernel.name} does not answer since " + time.strftime(
-                    "%H:%M:%S", time.localtime(time.time() - request.unanswered(now)))
-                    for request in waiting if request.unanswered(now)]
-                if now - begin > 3 and waiting and (
-                        len(requests) > 1 or silent or verb == "starting"):
-                    screen.status(f"{verb} {', '.join(r.kernel.name for r in waiting)} "
-                                  f"({now - begin:.0f} s)" + "".join(f"; {s}" for s in silent))
-    except KeyboardInterrupt:
-        for request in waiting:
-            if request.ended is None:
-                request.give_up(Failure("KeyboardInterrupt", "left busy; -s replaces the kernel"))
-    for request in requests:
-        request.ended = request.ended or time.monotonic() - request.sent
-        if request.timed_out and request.failure and request.failure.ename == "KeyboardInterrupt":
-            request.failure = request.failure._replace(
-                ename="TimeoutError", evalue=f"still busy after {timeout:g} s; interrupted")
-        if request.failure is None:
-            request.show_errors()
-        elif not request.failure.traceback:
-            request.failure = request.failure._replace(traceback=request.errors)
-    screen.end_status("; ".join(f"{r.kernel.name} {r.ended:.1f} s" for r in requests))
-    screen.flush()
+            self.asking = False
+        request.kernel.send("stdin", "input_reply", {"value": value})
 
 
 # ---- the magic ------------------------------------------------------------
@@ -945,7 +936,7 @@ class RemoteExecMagics(Magics):
 
     def __init__(self, shell, **options):
         super().__init__(shell, **options)
-        self.kernels, self.namespaces, self.specs = {}, {}, {}
+        self.kernels, self.namespaces, self.specs = {}, {}, {}  # by NAME
         self.context = zmq.Context(io_threads=2)
         self.context.rcvhwm = self.context.sndhwm = 0  # drop nothing, never block
         self.lock = threading.Lock()
@@ -1015,59 +1006,46 @@ class RemoteExecMagics(Magics):
         if not self.lock.acquire(blocking=False):
             raise UsageError("another %remote_exec is still running in this session")
         try:
-            with Interrupts() as interrupts:
-                self._remote_exec(line, cell, local_ns or {}, interrupts)
+            self.call(line, cell, local_ns or {})
         except KeyboardInterrupt as error:
-            stopped = f"KeyboardInterrupt: {error}".rstrip(": ")
             final = KeyboardInterrupt(*error.args)
-            final._render_traceback_ = lambda: [stopped]
+            final._render_traceback_ = lambda: [f"KeyboardInterrupt: {final}".rstrip(": ")]
             raise final from None
         finally:
             self.lock.release()
 
-    def _remote_exec(self, line, cell, local_ns, interrupts):
+    def call(self, line, cell, local_ns):
+        """What the magic does. Raises UsageError before anything runs."""
         options, code = parse_line(line)
         code = "\n".join(part for part in (code, cell) if part)
         if "l" in options:
             print(self.listing())
             return
-        targets = parse_targets(self.entries(options, local_ns))
-        outputs, inputs, pushed = (
+        outputs, inputs, pushes = (
             parse_names(option, options[option]) if option in options else [] for option in "oip")
-        runs = bool(code.strip())
-        if "s" in options and (outputs or pushed) and not runs:
+        if "s" in options and (outputs or pushes) and not code.strip():
             raise UsageError("-s leaves no kernel for -o or -p, unless there is code to run")
-        timeout = self.seconds(options["t"]) if "t" in options else None
-        codes = self.codes(code, targets, {n: self.local(n, "i", local_ns) for n in inputs})
-        push = {name: self.local(name, "p", local_ns) for name in pushed}
-        only_stop = "s" in options and not runs
+        timeout = parse_seconds(options["t"]) if "t" in options else None
+        targets = parse_targets(self.entries(options, local_ns))
+        values = {name: self.local(name, "i", local_ns) for name in inputs}
+        push = {name: self.local(name, "p", local_ns) for name in pushes}
+        codes = {target.name: substitute(code, target.name, values) for target in targets}
+        only_stop = "s" in options and not code.strip()
         specs = {} if only_stop else {
             target.name: self.spec(target, "s" in options) for target in targets}
-        for target in targets:
-            if not only_stop:
-                self.check_name(target.name)
 
-        screen = Screen(self.shell, len(targets) > 1)
-        if "s" in options:
-            self.stop([self.kernels.pop(t.name) for t in targets if t.name in self.kernels])
-        if only_stop:
-            return
-        self.refresh(targets, screen, interrupts)
-        self.start({name: spec for name, spec in specs.items() if name not in self.kernels},
-                   screen, interrupts)
-        kernels = [self.kernels[target.name] for target in targets]
-        self.prepare(kernels, targets, push, outputs, screen, interrupts, timeout)
-        for kernel in kernels:
-            self.bind(kernel)
-        if not (runs or outputs):
-            return
-        frontend = getattr(self.shell, "kernel", None)
-        requests = [Request(
-            kernel, screen, code=codes[kernel.name], silent=not runs,
-            expression=remote_call("send", outputs, kernel.protocol) if outputs else "",
-            allow_stdin=getattr(frontend, "_allow_stdin", True)) for kernel in kernels]
-        run(requests, interrupts, screen, timeout)
-        self.finish(requests, outputs, screen, interrupts, timeout)
+        with Call(self.shell, len(targets) > 1) as call:
+            if "s" in options:
+                self.stop([self.kernels.pop(t.name) for t in targets if t.name in self.kernels])
+            if only_stop:
+                return
+            self.refresh([self.kernels[name] for name in specs if name in self.kernels], call)
+            self.start({name: specs[name] for name in specs if name not in self.kernels}, call)
+            self.prepare(targets, push, outputs, timeout, call)
+            for name in specs:
+                self.bind(self.kernels[name])
+            if code.strip() or outputs:
+                self.execute(codes, outputs, timeout, call)
 
     # what the options say
 
@@ -1087,44 +1065,23 @@ class RemoteExecMagics(Magics):
         raise UsageError(f"-k {text}: needs a string or a list of strings, not {value!r:.60}")
 
     def local(self, name, option, local_ns):
+        """The value of a local variable: the caller's, else the user's."""
         for namespace in (local_ns, self.shell.user_ns):
             if name in namespace:
                 return namespace[name]
         raise UsageError(f"-{option}: there is no local variable {name!r}")
 
-    @staticmethod
-    def seconds(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < float("inf"):
-            raise UsageError(f"-t: {text!r} is not a positive number of seconds")
-        return value
-
-    @staticmethod
-    def codes(code, targets, values):
-        """The code for each kernel, by NAME, with its inputs put in."""
-        codes = {}
-        for name in (target.name for target in targets):
-            mine = {}
-            for variable, value in values.items():
-                if isinstance(value, dict):
-                    if name not in value:
-                        raise UsageError(f"-i: the dict {variable} has no key {name!r}")
-                    value = value[name]
-                try:
-                    mine[variable] = str(value)
-                except Exception as error:
-                    raise UsageError(f"-i: str({variable}) fails: {error}") from None
-            codes[name] = substitute(code, mine)
-        return codes
-
     def spec(self, target, replace):
-        """The full kernelspec name, or connection file, that a target means."""
-        running = self.kernels.get(target.name)
-        wanted = target.spec or self.specs.get(target.name, target.name)
-        if running and (not target.spec or target.spec == running.spec):
+        """The full kernelspec name, or connection file, that a target means.
+        UsageError if NAME runs another, or means something else to the user."""
+        name, running = target.name, self.kernels.get(target.name)
+        value = self.shell.user_ns.get(name, getattr(builtins, name, None))
+        known = name in self.shell.user_ns or hasattr(builtins, name)
+        if known and getattr(value, NAME, None) != name:
+            raise UsageError(f"{name} is already something else here ({type(value).__name__}); "
+                             f"choose another name, like my_{name}={name}")
+        wanted = target.spec or self.specs.get(name, name)
+        if running and (not target.spec or wanted == running.spec):
             return running.spec
         if wanted.endswith(".json"):
             try:
@@ -1133,175 +1090,134 @@ class RemoteExecMagics(Magics):
                 raise UsageError(f"-k: there is no connection file {wanted!r}, neither here nor "
                                  f"in {jupyter_runtime_dir()}") from None
         else:
-            found = match_spec(wanted, KernelSpecManager(config=self.shell.config)
-                               .find_kernel_specs())
+            found = match_spec(wanted, self.find_specs())
         if running and running.spec != found and not replace:
-            raise UsageError(f"{target.name} runs {running.spec}; -s replaces it by {found}, or "
-                             f"choose another name for that")
+            raise UsageError(f"{name} runs {running.spec}; -s replaces it by {found}, or choose "
+                             "another name for that")
         return found
 
-    def check_name(self, name):
-        """UsageError if `name` means something else to the user."""
-        value = self.shell.user_ns.get(name, getattr(builtins, name, None))
-        known = name in self.shell.user_ns or hasattr(builtins, name)
-        if known and getattr(value, NAME, None) != name:
-            raise UsageError(f"{name} is already something else here ({type(value).__name__}); "
-                             f"choose another name, like my_{name}={name}")
-
-    def bind(self, kernel):
-        """Make NAME the kernel's namespace, the same object as ever."""
-        namespace = self.shell.user_ns.get(kernel.name) or self.namespaces.get(
-            kernel.name) or KernelNamespace(kernel.name)
-        setattr(namespace, SPEC, kernel.spec)
-        self.namespaces[kernel.name] = self.shell.user_ns[kernel.name] = namespace
+    def find_specs(self):
+        return sorted(KernelSpecManager(config=self.shell.config).find_kernel_specs())
 
     # what happens to kernels
 
-    def refresh(self, targets, screen, interrupts):
+    def refresh(self, kernels, call):
         """Show late output, and forget kernels that died since the last call."""
-        known = [self.kernels[t.name] for t in targets if t.name in self.kernels]
         suspects = []
-        for kernel in known:
-            past = kernel.busy or Request(kernel, screen)
-            past.screen, past.failure, past.heard, past.asked = screen, None, 0, 0
-            past.question = None
-            past.drain()
-            screen.finish(kernel.name)
-            if kernel.broken or kernel.process and kernel.process.poll() is not None:
-                kernel.busy = None
-                suspects.append(Request(kernel, screen, "kernel_info_request"))
-            elif kernel.busy and not kernel.busy.done:
+        for kernel in kernels:
+            kernel.request.screen = call.screen
+            kernel.drain()
+            call.screen.finish(kernel.name)
+            if kernel.broken or kernel.exited:
+                suspects.append(Request(kernel, call.screen, "kernel_info_request"))
+            elif kernel.busy:
                 raise UsageError(f"{kernel.name} is still busy with an earlier cell; wait for it, "
                                  "or replace the kernel with -s")
-            kernel.busy = None
-        run(suspects, interrupts, screen, self.startup_timeout, grace=0, verb="reconnecting")
+        call.run(suspects, self.startup_timeout, grace=0, verb="reconnecting")
         for request in suspects:
-            kernel = request.kernel
-            if request.failure and request.failure.ename == "DeadKernelError":
-                why = request.failure.evalue.partition("(")[2].partition(")")[0]
-                screen.write(sys.stderr, f"{kernel.name} had died ({why}) and is started anew\n")
-                self.discard(kernel)
-            elif request.failure:
-                self.fail({kernel.name: request.failure}, screen)
+            if request.died:
+                name = request.kernel.name
+                call.screen.write(
+                    sys.stderr, f"{name} had died ({request.died}) and is started anew\n")
+                self.discard(self.kernels.pop(name))
+        self.judge([request for request in suspects if not request.died], call)
 
-    def start(self, specs, screen, interrupts):
+    def start(self, specs, call):
         """Start the kernels that `specs` gives by NAME, all at once; RemoteError
         names those that can't be, the others stay."""
-        begin, kernels, launches, failures = time.monotonic(), {}, {}, {}
-        for name, spec in specs.items():
-            kernels[name] = Kernel(name, spec, self.context, self.shell.config)
-            if not kernels[name].attached:
-                launches[name] = in_thread(kernels[name].launch())
-        while not all(launch.done() for launch in launches.values()):
-            concurrent.futures.wait(launches.values(), timeout=0.1)
+        begin, causes, requests = time.monotonic(), {}, []
+        kernels = {name: Kernel(name, spec, self.context, self.shell.config)
+                   for name, spec in specs.items()}
+        waiting, spent = {kernel.launched for kernel in kernels.values()}, 0
+        while waiting and not call.interrupts and spent < self.startup_timeout:
+            waiting = concurrent.futures.wait(waiting, timeout=0.1).not_done
             spent = time.monotonic() - begin
-            if interrupts.count or spent > self.startup_timeout:
-                break
-            if spent > 3:
-                screen.status(f"starting {', '.join(n for n in launches if not launches[n].done())}"
-                              f" ({spent:.0f} s)")
-        requests = []
+            if waiting and spent > 3:
+                call.screen.status("starting {} ({:.0f} s)".format(", ".join(
+                    n for n, kernel in kernels.items() if kernel.launched in waiting), spent))
+        late = "TimeoutError", (f"not ready after {self.startup_timeout:g} s "
+                                "(c.RemoteExecMagics.startup_timeout)")
         for name, kernel in kernels.items():
-            launch = launches.get(name)
             try:
-                if launch:
-                    launch.result(timeout=0)
+                if kernel.launched in waiting:
+                    causes[name] = late
+                    continue
+                kernel.launched.result()
                 kernel.connect()
-                requests.append(Request(kernel, screen, "kernel_info_request"))
-            except concurrent.futures.TimeoutError:
-                failures[name] = self.start_failure()
-                launch.add_done_callback(lambda _, kernel=kernel: asyncio.run(kernel.stop(0)))
+                requests.append(Request(kernel, call.screen, "kernel_info_request"))
             except Exception as error:
-                failures[name] = Failure(type(error).__name__, ": ".join(
-                    part for part in (f"could not start: {error}", kernel.last_words()) if part))
-        left = max(0.1, self.startup_timeout - (time.monotonic() - begin))
-        run(requests, interrupts, screen, left, grace=0, verb="starting")
-        ready = []
+                causes[name] = type(error).__name__, error
+        call.run(requests, max(0.1, self.startup_timeout - spent), grace=0, verb="starting")
         for request in requests:
-            info = (request.reply or {}).get("language_info")
-            request.kernel.language = str((info or {}).get("name", "?"))
-            if not request.failure and request.kernel.language == "python":
-                ready.append(Request(request.kernel, screen, code=setup_code(),
-                                     expression="__import__('_remote_exec').pickle.HIGHEST_PROTOCOL"))
-        run(ready, interrupts, screen, left, grace=0, verb="starting")
-        for request in ready:
-            expression = ((request.reply or {}).get("user_expressions") or {}).get("remote_exec")
-            if not request.failure and expression:
-                request.kernel.protocol = min(
-                    int(expression["data"]["text/plain"]), pickle.HIGHEST_PROTOCOL)
-        for request in requests + ready:
-            if request.failure and request.failure.ename == "DeadKernelError":
-                time.sleep(0.05)  # its last words may still be on their way to the file
-                how = request.failure.evalue.partition("(")[2].rpartition(")")[0]
-                words = request.kernel.last_words()
-                failures[request.kernel.name] = Failure("DeadKernelError", (
-                    f"could not start: {how}" + (f": {words}" if words else "")))
-            elif request.failure:
-                failures[request.kernel.name] = (
-                    self.start_failure() if request.failure.ename == "TimeoutError"
-                    else request.failure)
+            failure, kernel = request.failure, request.kernel
+            if failure:
+                causes[kernel.name] = late if failure.ename == "TimeoutError" else (
+                    failure.ename, request.died or failure.evalue)
+            else:
+                language = dict(request.reply.get("language_info") or {})
+                kernel.language = str(language.get("name"))
+                if kernel.language == "python":
+                    version = tuple(map(int, re.findall(r"\d+", language["version"])[:2]))
+                    kernel.protocol = 5 if version >= (3, 8) else 4 if version >= (3, 4) else 2
+        failures = {}
         for name, kernel in kernels.items():
-            kernel.busy = None
-            if name in failures:
+            if name in causes:
+                ename, cause = causes[name]
+                failures[name] = Failure(ename, ": ".join(filter(None, (
+                    "could not start", str(cause), kernel.last_words()))))
                 self.discard(kernel)
             else:
                 self.kernels[name], self.specs[name] = kernel, kernel.spec
-        if interrupts.count:
+        if call.interrupts:
             raise KeyboardInterrupt(f"{', '.join(failures) or 'kernels'} not started")
-        self.fail({name: failures[name] for name in specs if name in failures}, screen)
+        if failures:
+            raise RemoteError(failures, call.screen.labelled)
 
-    def start_failure(self):
-        return Failure("TimeoutError", f"could not start: not ready after {self.startup_timeout:g}"
-                                       " s (c.RemoteExecMagics.startup_timeout)")
-
-    def prepare(self, kernels, targets, push, outputs, screen, interrupts, timeout):
-        """Directories and pushed variables; RemoteError if any can't be."""
-        wanted = [(kernel, target.directory) for kernel, target in zip(kernels, targets)
-                  if target.directory or push]
-        for kernel, target in zip(kernels, targets):
-            if kernel.protocol is None and (target.directory or push or outputs):
-                raise UsageError(f"{kernel.name} runs {kernel.language}: -o, -p and :DIRECTORY "
-                                 "need a Python kernel")
-        packed = {}
-        for kernel, _ in wanted:
+    def prepare(self, targets, push, outputs, timeout, call):
+        """Set new kernels up, change directories, push variables; RemoteError
+        if any can't be."""
+        packed, requests = {}, []
+        for name, _, directory in targets:
+            kernel = self.kernels[name]
+            if kernel.protocol is None and (directory or push or outputs):
+                raise UsageError(f"{name} runs {kernel.language}: -o, -p and :DIRECTORY need a "
+                                 "Python kernel")
             if push and kernel.protocol not in packed:
-                packed[kernel.protocol] = self.pack(push, kernel.protocol)
-        requests = [Request(kernel, screen, buffers=packed.get(kernel.protocol), expression=(
-            remote_call("prepare", directory, bool(push), versions())))
-            for kernel, directory in wanted]
-        run(requests, interrupts, screen, timeout)
-        self.conclude(requests, screen, interrupts)
+                packed[kernel.protocol], failures = pack_each(push, kernel.protocol)
+                if failures:
+                    raise UsageError(f"-p: can't pickle {failures[0][1]}")
+            if kernel.protocol and (directory or push or not kernel.ready):
+                requests.append(Request(
+                    kernel, call.screen, code="" if kernel.ready else setup_code(),
+                    expression=remote_call(prepare, directory, bool(push), versions()),
+                    buffers=packed.get(kernel.protocol)))
+        call.run(requests, timeout)
+        for request in requests:
+            request.kernel.ready = request.kernel.ready or request.failure is None
+        self.judge(requests, call)
 
-    @staticmethod
-    def pack(push, protocol):
-        try:
-            return pack(push, protocol)
-        except Exception as failed:
-            for name, value in push.items():
-                try:
-                    pack({name: value}, protocol)
-                except Exception as error:
-                    raise UsageError(f"-p: {name} can't be pickled: {error}") from None
-            raise UsageError(f"-p: {failed}") from None
-
-    def finish(self, requests, outputs, screen, interrupts, timeout):
-        """Bring the outputs into the namespaces, then tell what went wrong."""
+    def execute(self, codes, outputs, timeout, call):
+        """Run each kernel's code, and bring the outputs into its namespace."""
+        frontend = getattr(self.shell, "kernel", None)
+        requests = [Request(
+            self.kernels[name], call.screen, code=code, silent=not code.strip(),
+            expression=remote_call(send, outputs, self.kernels[name].protocol) if outputs else "",
+            allow_stdin=getattr(frontend, "_allow_stdin", True)) for name, code in codes.items()]
+        call.run(requests, timeout)
         for request in requests:
             if outputs and not request.failure:
-                problems = self.load(request, outputs, screen, interrupts, timeout)
+                problems = self.load(request, outputs, timeout, call)
                 if problems:
-                    first, *others = problems
-                    request.failure = Failure(first.ename, "; ".join(
-                        [first.evalue, *map(str, others)]))
-        self.conclude(requests, screen, interrupts)
+                    request.fail(problems[0].ename, "; ".join(
+                        [problems[0].evalue, *map(str, problems[1:])]))
+        self.judge(requests, call)
 
-    def load(self, request, names, screen, interrupts, timeout):
+    def load(self, request, names, timeout, call):
         """Unpickle a request's outputs; returns the failures. What can't be
         loaded together is fetched again one by one."""
         kernel = request.kernel
         try:
-            data, buffers = request.outputs
-            request.outputs = None
+            (data, buffers), request.outputs = request.outputs, None
             values = unpack(buffers, data.get("versions"))
             vars(self.namespaces[kernel.name]).update(
                 {name: values[name] for name in names if name in values})
@@ -1311,38 +1227,42 @@ class RemoteExecMagics(Magics):
                 return [Failure(type(error).__name__, f"{names[0]} can't be loaded here: {error}")]
         problems = []
         for name in names:
-            again = Request(kernel, screen, expression=remote_call("send", [name], kernel.protocol))
-            run([again], interrupts, screen, timeout)
+            again = Request(kernel, call.screen, expression=remote_call(
+                send, [name], kernel.protocol))
+            call.run([again], timeout)
             problems += [again.failure] if again.failure else self.load(
-                again, [name], screen, interrupts, timeout)
+                again, [name], timeout, call)
         return problems
 
-    def conclude(self, requests, screen, interrupts):
+    def judge(self, requests, call):
         """Raise what the requests, taken together, come to."""
         failures = {r.kernel.name: r.failure for r in requests if r.failure}
         for request in requests:
-            if request.failure and request.failure.ename == "DeadKernelError":
-                self.discard(request.kernel)
-        if interrupts.count:
+            if request.died:
+                self.discard(self.kernels.pop(request.kernel.name))
+        if call.interrupts:
             stopped = [n for n, f in failures.items() if f.ename == "KeyboardInterrupt"]
             others = {n: f for n, f in failures.items() if n not in stopped}
             if others:
-                error = RemoteError(others, screen.labelled)
-                screen.write(sys.stderr, "\n".join(error._render_traceback_()) + "\n")
+                error = RemoteError(others, call.screen.labelled)
+                call.screen.write(sys.stderr, "\n".join(error._render_traceback_()) + "\n")
             busy = [r.kernel.name for r in requests if r.kernel.busy]
             raise KeyboardInterrupt(
                 f"{', '.join(stopped) or 'no kernel'} stopped" + (
                     f"; {', '.join(busy)} still busy, -s replaces" if busy else ""))
-        self.fail(failures, screen)
+        if failures:
+            raise RemoteError(failures, call.screen.labelled)
+
+    def bind(self, kernel):
+        """Make NAME the kernel's namespace, the same object as ever."""
+        namespace = (self.shell.user_ns.get(kernel.name) or self.namespaces.get(kernel.name)
+                     or KernelNamespace(kernel.name))
+        setattr(namespace, SPEC, kernel.spec)
+        self.namespaces[kernel.name] = self.shell.user_ns[kernel.name] = namespace
 
     @staticmethod
-    def fail(failures, screen):
-        if failures:
-            raise RemoteError(failures, screen.labelled)
-
-    def discard(self, kernel):
-        """Forget a dead kernel; what is left of it is cleared away meanwhile."""
-        self.kernels.pop(kernel.name, None)
+    def discard(kernel):
+        """Clear away, meanwhile, what is left of a kernel."""
         kernel.close()
         in_thread(kernel.stop(0))
 
@@ -1351,10 +1271,9 @@ class RemoteExecMagics(Magics):
         """Shut `kernels` down, and wait for it."""
         for kernel in kernels:
             kernel.close()
-        if kernels:
-            ending = in_thread(stop_all(kernels, grace))
-            while not ending.done():
-                concurrent.futures.wait([ending], timeout=0.1)
+        ending = in_thread(stop_all(kernels, grace))
+        while not ending.done():
+            concurrent.futures.wait([ending], timeout=0.1)
 
     def close(self):
         """Shut everything down, within two seconds: the end of the session."""
@@ -1366,42 +1285,36 @@ class RemoteExecMagics(Magics):
             return
         for kernel in kernels:
             kernel.close()
-        if kernels:
-            try:
-                asyncio.get_running_loop()
-            except RuntimeError:  # the end of the process, which may refuse new threads
-                asyncio.run(stop_all(kernels, 1, limit=2))
-            else:
-                self.stop(kernels, 1)
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:  # the end of the process, which may refuse new threads
+            asyncio.run(stop_all(kernels, 1, limit=2))
+        else:
+            self.stop(kernels, 1)
 
     # what helps the user
 
     def listing(self):
+        """The text of -l."""
         lines = ["running kernels:"]
         for name, kernel in self.kernels.items():
-            past = kernel.busy
-            if past:
-                past.drain()
-            state = ("dead" if kernel.process and kernel.process.poll() is not None else
-                     "busy" if past and not past.done else "idle")
+            kernel.drain()
+            state = "dead" if kernel.exited else "busy" if kernel.busy else "idle"
             lines.append(f"  {name}  {kernel.spec}  {state}")
-        if not self.kernels:
-            lines.append("  none")
-        specs = KernelSpecManager(config=self.shell.config).find_kernel_specs()
-        return "\n".join([*lines, "kernelspecs:", *(f"  {spec}" for spec in sorted(specs))])
+        return "\n".join(lines + ["  none"] * (not self.kernels) + [
+            "kernelspecs:", *(f"  {spec}" for spec in self.find_specs())])
 
     def complete(self, event):
         """Options, and after -k the names of kernels and kernelspecs."""
-        before = event.text_until_cursor if hasattr(event, "text_until_cursor") else event.line
+        before = getattr(event, "text_until_cursor", event.line)
         words = before.split()
         last = words[-1] if before[-1:].strip() else ""
         previous = words[-2] if last and len(words) > 1 else words[-1]
         if last.startswith("-"):
-            letters = ["-" + letter for letter in SHORT.replace(":", "")]
-            return letters + ["--" + name.rstrip("=") for name in LONG]
+            return ["-" + letter for letter in SHORT.replace(":", "")] + [
+                "--" + name.rstrip("=") for name in LONG]
         if previous in ("-k", "--kernels"):
-            specs = sorted(KernelSpecManager(config=self.shell.config).find_kernel_specs())
-            return specs if "=" in last.rpartition(",")[2] else [*self.kernels, *specs]
+            return ([] if "=" in last.rpartition(",")[2] else [*self.kernels]) + self.find_specs()
         return []
 
 
@@ -1419,9 +1332,8 @@ def load_ipython_extension(ipython):
 def unload_ipython_extension(ipython):
     """Shut the kernels down, and take the magic away."""
     magics = ipython.magics_manager.registry.pop("RemoteExecMagics")
-    for kind in ("line", "cell"):
+    for kind, magic in (("line", "%remote_exec"), ("cell", "%%remote_exec")):
         ipython.magics_manager.magics[kind].pop("remote_exec", None)
-    for magic in ("%remote_exec", "%%remote_exec"):
         ipython.strdispatchers["complete_command"].strs.pop(magic, None)
     atexit.unregister(magics.close)
     magics.close()

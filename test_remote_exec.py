@@ -172,7 +172,7 @@ def test_substitution_is_one_exact_pass(code, values):
                 break
         else:
             expected, rest = expected + rest[0], rest[1:]
-    assert rx.substitute(code, values) == expected
+    assert rx.substitute(code, "k", values) == expected
 
 
 @given(st.text(min_size=1))
@@ -195,7 +195,7 @@ anything = st.recursive(
 
 class FakeKernel:
     """What `Request.hear` needs to know of a kernel; nothing is waited for."""
-    name, busy = "a", None
+    name = "a"
     client = type("Client", (), {"session": type("Session", (), {"session": "me"})})
 
 
@@ -565,7 +565,7 @@ def test_death(session, death, cause):
 
 def test_death_between_cells(session):
     pid = pid_of(session, "a")
-    closed = session.magics.kernels["a"].sockets["closed shell"]
+    closed = session.magics.kernels["a"].sockets["closed"]
     os.kill(pid, signal.SIGKILL)
     assert gone(pid) and closed.poll(5000)
     session.ok("-k a -o x x = 4")
@@ -952,7 +952,7 @@ def test_far_kernel(session, far_specs):
         failures = session.fails("-k far os.kill(os.getpid(), 9)")
         assert failures["far"].ename == "DeadKernelError"
         pid = pid_of(session, "far")
-        closed = session.magics.kernels["far"].sockets["closed shell"]
+        closed = session.magics.kernels["far"].sockets["closed"]
         os.kill(pid, 9)  # the second host shares this one's process table
         assert gone(pid) and closed.poll(5000)  # the tunnel tells a moment later
         session.ok("-k far -o x x = 5")
@@ -995,7 +995,7 @@ def test_network_outage(session, far_specs):
     cut = subprocess.Popen(["sh", "-c", f"sleep 2; ip link set {SSH_LINK} down; sleep 12; "
                                         f"ip link set {SSH_LINK} up"])
     told = []
-    status, rx.Screen.status = rx.Screen.status, lambda self, text: told.append(text)
+    status, rx.Screen.status = rx.Screen.status, lambda self, text, last=False: told.append(text)
     try:
         session.ok("-k far -o x import time; time.sleep(5); x = 7")
     finally:
