@@ -384,8 +384,7 @@ class Kernel:
         self.sockets = {}
         self.request = None   # the last one sent
         self.broken = False   # its connection was closed since we last heard from it
-        # what the process and its manager say: the end of it explains a failed start
-        self.words = tempfile.TemporaryFile("w+", errors="backslashreplace")
+        self.stderr = tempfile.TemporaryFile("w+", errors="backslashreplace")
         self.launched = in_thread(self.launch())
 
     async def launch(self):
@@ -397,15 +396,14 @@ class Kernel:
         if AsyncKernelManager.class_traits().get("transport_encryption") and zmq.has("curve"):
             config.KernelManager.transport_encryption = "auto"
         config.merge(self.config)
-        log = logging.Logger("remote_exec")
-        log.addHandler(logging.StreamHandler(self.words))
-        log.addFilter(lambda record: "stdout/stderr: " in record.getMessage())  # sshpyk's
+        log = logging.Logger("remote_exec")  # has no parent: the terminal is the user's
+        log.addHandler(logging.NullHandler())
         self.manager = AsyncKernelManager(
             kernel_name=self.spec, config=config, log=log,
             context=zmq.asyncio.Context.shadow(self.context.underlying),
             connection_file=os.path.join(jupyter_runtime_dir(), f"kernel-{uuid.uuid4()}.json"))
         # here a kernel's own output would show a second time, and unlabelled
-        await self.manager.start_kernel(stdout=subprocess.DEVNULL, stderr=self.words)
+        await self.manager.start_kernel(stdout=subprocess.DEVNULL, stderr=self.stderr)
 
     def connect(self):
         """Open the sockets, by what the connection file says."""
@@ -534,9 +532,9 @@ class Kernel:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def last_words(self):
-        """The last lines of what the process and its manager said."""
-        self.words.seek(max(0, self.words.seek(0, os.SEEK_END) - 2000))
-        return " | ".join([line.strip() for line in self.words if line.strip()][-3:])
+        """What the process said on stderr at the end: it explains a failed start."""
+        self.stderr.seek(max(0, self.stderr.seek(0, os.SEEK_END) - 2000))
+        return " | ".join([line.strip() for line in self.stderr if line.strip()][-3:])
 
     def close(self):
         """Close our ends."""
@@ -564,7 +562,7 @@ class Kernel:
             await asyncio.wait_for(self.manager.provisioner.wait(), 5)
         finally:
             await self.manager.cleanup_resources()
-            self.words.close()
+            self.stderr.close()
 
 
 async def stop_all(kernels, grace, limit=None):

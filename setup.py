@@ -19,7 +19,7 @@ setup(
     install_requires=["ipython>=7.31", "jupyter_client>=8.0"],
     extras_require={"test": [
         "pytest", "hypothesis", "pexpect", "numpy", "pandas", "ipykernel", "bash_kernel",
-        "cloudpickle", "nbclient", "nbformat", "sshpyk",
+        "cloudpickle", "nbclient", "nbformat", "sshpyk", "ipyparallel", "matplotlib",
         "remote_ikernel; python_version >= '3.10'"]},
     keywords="ipython jupyter magic kernel remote ssh parallel",
     classifiers=[

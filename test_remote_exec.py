@@ -5,12 +5,14 @@ figures. REMOTE_EXEC_SSH_HOST names a host that ssh reaches without a password
 and where this Python stands at the same path: the tests over ssh use it.
 REMOTE_EXEC_SSH_LINK is the network device that leads there, to be cut.
 """
+import contextlib
 import json
 import os
 import pathlib
 import pickle
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from hypothesis import strategies as st
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
+from jupyter_client import BlockingKernelClient
 from jupyter_client.manager import start_new_kernel
 from jupyter_core.paths import jupyter_runtime_dir
 
@@ -38,7 +41,6 @@ os.environ["JUPYTER_RUNTIME_DIR"] = RUNTIME.name
 HERE = pathlib.Path(__file__).parent
 SSH_HOST = os.environ.get("REMOTE_EXEC_SSH_HOST")
 SSH_LINK = os.environ.get("REMOTE_EXEC_SSH_LINK")
-bench = pytest.mark.skipif("bench" not in sys.argv, reason="figures: pytest -m bench -s")
 over_ssh = pytest.mark.skipif(not SSH_HOST, reason="no second host: REMOTE_EXEC_SSH_HOST")
 
 
@@ -123,6 +125,28 @@ def gone(pid, seconds=15):
             return True
         time.sleep(0.05)
     return False
+
+
+def install_spec(tmp_path, monkeypatch, name, argv, **more):
+    """A kernelspec for this test only."""
+    folder = tmp_path / "jupyter" / "kernels" / name
+    folder.mkdir(parents=True)
+    (folder / "kernel.json").write_text(json.dumps(
+        dict(argv=argv, display_name=name, language="python", **more)))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+
+
+@pytest.fixture
+def plain(tmp_path, monkeypatch):
+    """A kernelspec of this Python that declares no encryption."""
+    install_spec(tmp_path, monkeypatch, "plain", [
+        sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
+
+
+def memory():
+    """Bytes that new processes may take, as far as the system tells."""
+    found = re.search(r"MemAvailable: +(\d+)", pathlib.Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024
 
 
 # ---- pure functions -------------------------------------------------------
@@ -442,10 +466,26 @@ def test_push(session):
     assert session.ns["a"].later == [1]
 
 
+def test_figure_and_records(session):
+    session.ok("-k a -o figure,records,kinds", (
+        "import matplotlib; matplotlib.use('agg'); import matplotlib.pyplot as plt, enum\n"
+        "figure, axes = plt.subplots(); axes.plot([1, 2, 4]); plt.close()\n"
+        "records = [{'n': i, 'name': str(i), 'set': {i}} for i in range(1000)]\n"
+        "kinds = 1 + 2j, range(3), frozenset('ab'), Ellipsis, bytearray(b'x'), int"))
+    there = session.ns["a"]
+    assert there.figure.axes[0].lines[0].get_ydata().tolist() == [1, 2, 4]
+    assert there.records == [{"n": i, "name": str(i), "set": {i}} for i in range(1000)]
+    assert there.kinds == (1 + 2j, range(3), frozenset("ab"), Ellipsis, bytearray(b"x"), int)
+
+
 def test_own_classes(session):
-    session.ok("-k a -o thing,twice", "class Thing:\n    size = 3\nthing = Thing()\n"
-               "twice = lambda x: 2 * x")
+    session.ok("-k a -o thing,twice,point", (
+        "import dataclasses\nclass Thing:\n    size = 3\nthing = Thing()\n"
+        "twice = lambda x: 2 * x\n"
+        "Point = dataclasses.make_dataclass('Point', ['x'], namespace={'__module__': '__main__'})\n"
+        "point = Point(4)"))
     assert session.ns["a"].thing.size == 3 and session.ns["a"].twice(4) == 8
+    assert session.ns["a"].point.x == 4
     session.shell.run_cell("def mine(x): return x + 1")
     session.ok("-k a -p mine -o got got = mine(1)")
     assert session.ns["a"].got == 2
@@ -476,11 +516,46 @@ def test_output_that_fails_here(session, tmp_path):
     assert session.ns["a"].good == 2
 
 
+def test_push_that_fails_there(session, tmp_path, monkeypatch):
+    (tmp_path / "only_here.py").write_text("class Thing: pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    import only_here
+    session.ok("-k a,b marker = 0")
+    session.ns["thing"] = only_here.Thing()
+    failures = session.fails("-k a,b -p thing marker = 1")
+    assert list(failures) == ["a", "b"] and "only_here" in failures["a"].evalue
+    session.ok("-k a,b -o marker")
+    assert session.ns["a"].marker == session.ns["b"].marker == 0
+
+
+def test_versions_are_named():
+    with pytest.raises(ValueError, match=r"with numpy 0\.1, loaded with .*numpy \d"):
+        rx.unpack([b"cnumpy\nno_such_thing\n."], "numpy 0.1")
+
+
+@pytest.mark.skipif(memory() < 10e9, reason="less than 10 GB of memory free")
+def test_three_gigabytes(plain):
+    """Whole, and no second copy of it in the local process."""
+    done = ipython("-c", "\n".join([
+        "%load_ext remote_exec",
+        "def peak(): return int(re.findall('VmHWM:.*?([0-9]+)', open(status).read())[0]) * 1024",
+        "import re; status = '/proc/self/status'",
+        "%remote_exec -k k=plain -o small import numpy as np; small = np.ones(9)",
+        "%remote_exec -k k x = np.arange(3 * 2 ** 27)", "before = peak()",
+        "%remote_exec -k k -o x", "print((peak() - before) / k.x.nbytes)",
+        "print(k.x.nbytes, int(k.x.sum()), k.x.flags.writeable)"]))
+    used, size, total, writable = done.stdout.split()
+    assert (int(size), writable) == (3 * 2 ** 30, "True") and float(used) < 1.2
+    assert int(total) == 3 * 2 ** 26 * (3 * 2 ** 27 - 1)
+
+
 def test_many(session):
+    begin = time.monotonic()
     session.ok("-k a -o arrays," + ",".join(f"v{i}" for i in range(200)),
                "import numpy as np\narrays = [np.arange(10) for _ in range(20000)]\n"
                "for i in range(200): globals()['v%d' % i] = i")
     assert len(session.ns["a"].arrays) == 20000 and session.ns["a"].v199 == 199
+    assert time.monotonic() - begin < 5
 
 
 def test_one_request_a_cell(session):
@@ -571,15 +646,6 @@ def test_death_between_cells(session):
     session.ok("-k a -o x x = 4")
     assert session.ns["a"].x == 4
     assert re.fullmatch(r"a had died \(.*SIGKILL\) and is started anew\n", session.err)
-
-
-def install_spec(tmp_path, monkeypatch, name, argv, **more):
-    """A kernelspec for this test only."""
-    folder = tmp_path / "jupyter" / "kernels" / name
-    folder.mkdir(parents=True)
-    (folder / "kernel.json").write_text(json.dumps(
-        dict(argv=argv, display_name=name, language="python", **more)))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
 
 
 @pytest.mark.parametrize("argv, cause", [
@@ -1091,57 +1157,139 @@ def test_one_file_is_enough(tmp_path):
 
 # ---- figures --------------------------------------------------------------
 
-def median_time(function, times=7):
-    spent = []
+def side_by_side(ours, theirs, times=7):
+    """(seconds ours takes, how many times as fast as theirs): medians of pairs.
+    A function may return the seconds to count instead of all that it took."""
+    pairs = []
     for _ in range(times):
-        begin = time.perf_counter()
-        function()
-        spent.append(time.perf_counter() - begin)
-    return statistics.median(spent)
+        spent = []
+        for function in (ours, theirs):
+            begin = time.perf_counter()
+            counted = function()
+            spent.append(counted if isinstance(counted, float) else time.perf_counter() - begin)
+        pairs.append(spent)
+    return (statistics.median(mine for mine, _ in pairs),
+            statistics.median(other / mine for mine, other in pairs))
 
 
-@bench
+def figure(what, seconds, ratio, than, megabytes=None):
+    speed = f"{megabytes / seconds:5.0f} MB/s" if megabytes else f"{seconds * 1e3:5.1f} ms"
+    print(f"\n{what:44} {speed:12} {ratio:5.2f} {than}", end="")
+
+
+@contextlib.contextmanager
+def engine(*arguments):
+    """A view of the one engine of an ipyparallel cluster."""
+    import ipyparallel
+    with ipyparallel.Cluster(n=1, log_level=40, controller_args=list(arguments)) as client:
+        client.wait_for_engines(1, timeout=60)
+        yield client[0]
+
+
+BIG = "import numpy as np; x = np.random.default_rng(0).random(100_000_000 // 8)"
+
+
 @pytest.mark.bench
-def test_bench_transfer(session):
-    import socket
-    import threading
-    session.ok("-k a import numpy as np; big = np.ones(100_000_000 // 8)")
-    session.ns["big"] = np.ones(100_000_000 // 8)
-    fetch = median_time(lambda: session.ok("-k a -o big"))
-    push = median_time(lambda: session.ok("-k a -p big"))
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_bench_ipyparallel(session, plain, encrypted):
+    session.ok(f"-k n={'python3' if encrypted else 'plain'} {BIG}")
+    assert bool(session.magics.kernels["n"].client.curve_publickey) == encrypted
+    exec(BIG, session.ns)
+    how = "encrypted" if encrypted else "plain"
+    with engine(f"--IPController.enable_curve={encrypted}") as view:
+        view.execute(BIG, block=True)
+        assert (view["x"] == session.ns["x"]).all()
+        seconds, ratio = side_by_side(lambda: session.ok("-k n -o x"), lambda: view["x"])
+        figure(f"-o of 100 MB, {how}", seconds, ratio, "times as fast as ipyparallel", 100)
+        seconds, ratio = side_by_side(
+            lambda: session.ok("-k n -p x"),
+            lambda: view.push({"x": session.ns["x"]}, block=True))
+        figure(f"-p of 100 MB, {how}", seconds, ratio, "times as fast as ipyparallel", 100)
+        for what, code in REAL.items() if not encrypted else ():
+            session.ok(f"-k n {code}")
+            view.execute(code, block=True)
+            seconds, ratio = side_by_side(lambda: session.ok("-k n -o x"), lambda: view["x"])
+            figure(f"-o of {what}", seconds, ratio, "times as fast as ipyparallel")
+    if not encrypted:
+        session.ok(f"-k n {BIG}")
+        seconds, ratio = side_by_side(lambda: session.ok("-k n -o x"), raw_socket)
+        figure("-o of 100 MB, plain", seconds, ratio, "of a raw loopback socket", 100)
+    session.ok("-k n -s")
 
-    def raw():
-        server = socket.create_server(("127.0.0.1", 0))
-        data = bytes(100_000_000)
 
-        def serve():
-            connection, _ = server.accept()
-            connection.sendall(data)
-            connection.close()
-        threading.Thread(target=serve).start()
-        client, got = socket.create_connection(server.getsockname()), 0
-        buffer = memoryview(bytearray(100_000_000))
-        while got < 100_000_000:
-            got += client.recv_into(buffer[got:])
-    raw_time = median_time(raw)
-    print(f"\n-o of 100 MB: {0.1 / fetch:.2f} GB/s, {raw_time / fetch:.2f} of a raw socket; "
-          f"-p: {0.1 / push:.2f} GB/s")
+REAL = {
+    "a float64 cube of 64 MB": "import numpy as np; x = np.ones((200, 200, 200))",
+    "a frame of 200,000 rows": (
+        "import pandas as pd, numpy as np; x = pd.DataFrame({'v': np.arange(2e5), "
+        "'s': ['row %d' % i for i in range(200000)], "
+        "'d': pd.date_range('2020', periods=200000, freq='s')})"),
+    "a dict of 1,000 arrays of 1,000": (
+        "import numpy as np; x = {i: np.full(1000, i) for i in range(1000)}"),
+    "a list of 100,000 records": (
+        "x = [{'n': i, 'name': str(i), 'v': i / 7} for i in range(100000)]"),
+    "a matplotlib figure": (
+        "import matplotlib; matplotlib.use('agg'); import matplotlib.pyplot as plt; "
+        "x, axes = plt.subplots(); _ = axes.plot(range(10000)); plt.close()"),
+}
 
 
-@bench
+def raw_socket():
+    """Receive 100 MB from another process on a loopback socket."""
+    sender = subprocess.Popen([sys.executable, "-S", "-c", (
+        "import socket; server = socket.create_server(('127.0.0.1', 0)); "
+        "print(server.getsockname()[1], flush=True); data = bytes(100_000_000); "
+        "connection, _ = server.accept(); connection.recv(1); connection.sendall(data)")],
+        stdout=subprocess.PIPE)
+    client = socket.create_connection(("127.0.0.1", int(sender.stdout.readline())))
+    begin = time.perf_counter()
+    client.sendall(b"!")
+    buffer, got = memoryview(bytearray(100_000_000)), 0
+    while got < 100_000_000:
+        got += client.recv_into(buffer[got:])
+    seconds = time.perf_counter() - begin
+    client.close()
+    sender.communicate()
+    return seconds
+
+
 @pytest.mark.bench
 def test_bench_round_trip(session):
     manager, client = start_new_kernel(kernel_name="python3")
-    bare = median_time(lambda: client.execute("x = 1", reply=True, timeout=10), 100)
+    seconds, ratio = side_by_side(
+        lambda: session.ok("-k a -o x x = 1"),
+        lambda: client.execute("x = 1", reply=True, timeout=10), 100)
+    figure("a cell that returns one value", seconds, 1 / ratio, "times a bare client's execute")
     client.stop_channels()
     manager.shutdown_kernel(now=True)
-    one = median_time(lambda: session.ok("-k a -o x x = 1"), 100)
     names = ",".join(f"n{i}=python3" for i in range(8))
     session.ok(f"-k {names}")
-    eight = median_time(lambda: session.ok(f"-k {names} -o x x = 1"), 50)
+    seconds, ratio = side_by_side(lambda: session.ok(f"-k {names} -o x x = 1"),
+                                  lambda: session.ok("-k a -o x x = 1"), 50)
+    figure("the same on eight kernels at once", seconds, 1 / ratio, "times one kernel's")
     session.ok(f"-k {names} -s")
-    print(f"\na cell with an output: {one * 1e3:.1f} ms, {one / bare:.2f} of a bare client; "
-          f"eight kernels at once: {eight / one:.1f} of one")
+
+
+@over_ssh
+@pytest.mark.bench
+def test_bench_ssh(session, far_specs, tmp_path):
+    session.ok("-k far=sshpyk-far import numpy as np; "
+               "x = np.frombuffer(os.urandom(200_000_000), 'u1').copy()")
+    (tmp_path / "x").write_bytes(os.urandom(200_000_000))
+    seconds, ratio = side_by_side(lambda: session.ok("-k far -o x"), lambda: subprocess.run(
+        ["scp", "-q", f"{SSH_HOST}:{tmp_path}/x", f"{tmp_path}/y"], check=True), 5)
+    figure("-o of 200 MB over ssh", seconds, ratio, "times as fast as scp", 200)
+    client = BlockingKernelClient(
+        connection_file=session.magics.kernels["far"].manager.connection_file)
+    client.load_connection_file()
+    client.start_channels()
+    client.wait_for_ready()
+    seconds, ratio = side_by_side(
+        lambda: session.ok("-k far -o y y = 1"),
+        lambda: client.execute("y = 1", reply=True, timeout=10), 50)
+    figure("a cell that returns one value over ssh", seconds, 1 / ratio,
+           "times a bare client's execute")
+    client.stop_channels()
+    session.ok("-k far -s")
 
 
 def test_pickle_protocol(session):
