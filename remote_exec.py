@@ -356,22 +356,6 @@ def substitute(code, name, values):
 
 # ---- a kernel -------------------------------------------------------------
 
-def in_thread(coroutine):
-    """Future of `coroutine`, which runs in a daemon thread with its own loop.
-
-    No pool: a pool's threads are waited for when the interpreter exits.
-    """
-    future = concurrent.futures.Future()
-
-    def run():
-        try:
-            future.set_result(asyncio.run(coroutine))
-        except BaseException as error:
-            future.set_exception(error)
-    threading.Thread(target=run, daemon=True, name="remote_exec").start()
-    return future
-
-
 class Kernel:
     """A kernel: its manager, where it was started here, and the sockets to it."""
 
@@ -384,8 +368,20 @@ class Kernel:
         self.sockets = {}
         self.request = None   # the last one sent
         self.broken = False   # its connection was closed since we last heard from it
+        self.end = None       # future of `ended`, while that is asked
         self.stderr = tempfile.TemporaryFile("w+", errors="backslashreplace")
-        self.launched = in_thread(self.launch())
+        # a loop of its own, in a thread of its own: a provisioner may block for long
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.serve, daemon=True, name=f"remote_exec {name}").start()
+        self.launched = self.later(self.launch())
+
+    def serve(self):
+        self.loop.run_forever()
+        self.loop.close()
+
+    def later(self, coroutine):
+        """Future of `coroutine`, which runs in the kernel's thread."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     async def launch(self):
         """Start the process. Raises what the kernel's provisioner raises."""
@@ -431,7 +427,6 @@ class Kernel:
         self.heard = self.pinged = time.monotonic()
         self.asked = self.probed = 0  # when we asked for its end, and sent a probe
         self.ping = None              # when the heartbeat that was not answered was sent
-        self.end = None               # future of `ended`
         self.interrupted = None       # when an interrupt was sent
         request.msg_id = self.send("shell", request.kind, request.content, request.buffers)
         request.buffers = None
@@ -477,7 +472,7 @@ class Kernel:
         network, was a reply lost?"""
         request, silent = self.request, now - self.heard
         if self.end is None and now - self.asked > 3 and (silent > 1 or self.broken):
-            self.end, self.asked = in_thread(asyncio.wait_for(self.ended(), 15)), now
+            self.end, self.asked = self.later(self.ended()), now
         if self.end is not None and self.end.done():
             how = None if self.end.exception() else self.end.result()
             self.end = None
@@ -500,7 +495,7 @@ class Kernel:
         if self.interrupted and not request.interrupt_answered and now - self.interrupted > 2:
             request.interrupt_answered = True  # ipykernel before 6 heeds the signal alone
             if not self.attached:
-                in_thread(self.manager.signal_kernel(signal.SIGINT))
+                self.later(self.manager.signal_kernel(signal.SIGINT))
 
     @property
     def busy(self):
@@ -536,18 +531,24 @@ class Kernel:
         self.stderr.seek(max(0, self.stderr.seek(0, os.SEEK_END) - 2000))
         return " | ".join([line.strip() for line in self.stderr if line.strip()][-3:])
 
-    def close(self):
-        """Close our ends."""
+    def stop(self, grace):
+        """Future of the kernel's end, which takes up to `grace` seconds if it
+        heeds the request, and leaves no process and no file behind."""
         if self.sockets:
             self.sockets["shell"].disable_monitor()
         for each in self.sockets.values():
             each.close(linger=0)
         self.sockets = {}
+        future = self.later(self.shut_down(grace))
+        future.add_done_callback(lambda _: self.loop.call_soon_threadsafe(self.loop.stop))
+        return future
 
-    async def stop(self, grace):
-        """Shut the kernel down, by force after `grace` seconds; leave no process
-        and no file behind. An attached one runs on."""
+    async def shut_down(self, grace):
+        """Shut the kernel down, by force after `grace` seconds; an attached one
+        runs on."""
         await asyncio.gather(asyncio.wrap_future(self.launched), return_exceptions=True)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
         if self.manager is None or self.manager.provisioner is None:
             return
         self.manager.shutting_down = True
@@ -563,16 +564,6 @@ class Kernel:
         finally:
             await self.manager.cleanup_resources()
             self.stderr.close()
-
-
-async def stop_all(kernels, grace, limit=None):
-    """Shut `kernels` down at the same time, within `limit` seconds; what fails
-    for one stops no other."""
-    stops = asyncio.gather(*[kernel.stop(grace) for kernel in kernels], return_exceptions=True)
-    try:
-        await asyncio.wait_for(stops, limit)
-    except asyncio.TimeoutError:
-        pass
 
 
 # ---- a run ----------------------------------------------------------------
@@ -1034,7 +1025,8 @@ class RemoteExecMagics(Magics):
 
         with Call(self.shell, len(targets) > 1) as call:
             if "s" in options:
-                self.stop([self.kernels.pop(t.name) for t in targets if t.name in self.kernels])
+                concurrent.futures.wait([self.kernels.pop(target.name).stop(grace=2.5)
+                                         for target in targets if target.name in self.kernels])
             if only_stop:
                 return
             self.refresh([self.kernels[name] for name in specs if name in self.kernels], call)
@@ -1117,7 +1109,7 @@ class RemoteExecMagics(Magics):
                 name = request.kernel.name
                 call.screen.write(
                     sys.stderr, f"{name} had died ({request.died}) and is started anew\n")
-                self.discard(self.kernels.pop(name))
+                self.kernels.pop(name).stop(0)
         self.judge([request for request in suspects if not request.died], call)
 
     def start(self, specs, call):
@@ -1163,7 +1155,7 @@ class RemoteExecMagics(Magics):
                 ename, cause = causes[name]
                 failures[name] = Failure(ename, ": ".join(filter(None, (
                     "could not start", str(cause), kernel.last_words()))))
-                self.discard(kernel)
+                kernel.stop(0)
             else:
                 self.kernels[name], self.specs[name] = kernel, kernel.spec
         if call.interrupts:
@@ -1237,7 +1229,7 @@ class RemoteExecMagics(Magics):
         failures = {r.kernel.name: r.failure for r in requests if r.failure}
         for request in requests:
             if request.died:
-                self.discard(self.kernels.pop(request.kernel.name))
+                self.kernels.pop(request.kernel.name).stop(0)
         if call.interrupts:
             stopped = [n for n, f in failures.items() if f.ename == "KeyboardInterrupt"]
             others = {n: f for n, f in failures.items() if n not in stopped}
@@ -1258,37 +1250,14 @@ class RemoteExecMagics(Magics):
         setattr(namespace, SPEC, kernel.spec)
         self.namespaces[kernel.name] = self.shell.user_ns[kernel.name] = namespace
 
-    @staticmethod
-    def discard(kernel):
-        """Clear away, meanwhile, what is left of a kernel."""
-        kernel.close()
-        in_thread(kernel.stop(0))
-
-    @staticmethod
-    def stop(kernels, grace=2.5):
-        """Shut `kernels` down, and wait for it."""
-        for kernel in kernels:
-            kernel.close()
-        ending = in_thread(stop_all(kernels, grace))
-        while not ending.done():
-            concurrent.futures.wait([ending], timeout=0.1)
-
     def close(self):
         """Shut everything down, within two seconds: the end of the session."""
         kernels, self.kernels = list(self.kernels.values()), {}
-        if os.getpid() != self.pid:  # a forked child: these are its parent's
-            for kernel in kernels:
-                if kernel.manager:
-                    kernel.manager.connection_file = ""
-            return
-        for kernel in kernels:
-            kernel.close()
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:  # the end of the process, which may refuse new threads
-            asyncio.run(stop_all(kernels, 1, limit=2))
-        else:
-            self.stop(kernels, 1)
+        if os.getpid() == self.pid:
+            concurrent.futures.wait([kernel.stop(1) for kernel in kernels], timeout=2)
+        for kernel in kernels:  # a forked child's are its parent's
+            if kernel.manager and os.getpid() != self.pid:
+                kernel.manager.connection_file = ""
 
     # what helps the user
 

@@ -616,6 +616,26 @@ def test_interrupt_while_starting(session, tmp_path, monkeypatch):
     assert "sleeper" not in session.magics.kernels
 
 
+def test_interrupt_while_stopping(session):
+    """A busy kernel with a thread that nobody ends; the prompt is back all the same."""
+    session.ok("-k c=python3")
+    pid = pid_of(session, "c")
+    session.ok("-k c import threading, time; "
+               "threading.Thread(target=time.sleep, args=(99,)).start()")
+    took = interrupting(session, "-k c -s", None, 0.3, 0.3)
+    assert took < 4 and session.error is None or isinstance(session.error, KeyboardInterrupt)
+    assert "c" not in session.magics.kernels and gone(pid)
+
+
+def test_interrupt_while_outputs_travel(session):
+    session.ok("-k a,b import numpy as np; big = np.ones(3e7.__int__())")
+    session.ns["a"].__dict__.pop("big", None)
+    took = interrupting(session, "-k a,b -o big", None, 0.3)
+    assert took < 8 and isinstance(session.error, KeyboardInterrupt)
+    session.ok("-k a,b -o small small = 1")
+    assert session.ns["a"].small == session.ns["b"].small == 1
+
+
 def test_timeout(session):
     session.ns["naps"] = {"a": "60", "b": "0"}
     failures = session.fails("-k a,b -i naps -t 1 -o x x = 1; import time; time.sleep({naps})")
@@ -666,9 +686,24 @@ def test_kernel_that_cannot_start(session, tmp_path, monkeypatch, argv, cause):
     assert not set(os.listdir(jupyter_runtime_dir())) - files
 
 
-def test_busy_is_not_dead(session):
-    session.ok("-k a -o x", "import re\nx = 1\nre.match(r'(a+)+$', 'a' * 27 + 'b')")
-    assert session.ns["a"].x == 1
+def test_busy_is_not_dead(session, tmp_path, monkeypatch):
+    """One kernel holds the GIL; the other one's heartbeat is silent, as those of
+    other languages are while they work."""
+    install_spec(tmp_path, monkeypatch, "mute", [sys.executable, "-c", (
+        "from ipykernel.kernelapp import IPKernelApp as App; "
+        "App.init_heartbeat = lambda app: None; App.launch_instance()"),
+        "-f", "{connection_file}"])
+    session.ns["work"] = {"a": "hold(12.5)", "mute": "time.sleep(12.5)"}
+    told = []
+    monkeypatch.setattr(rx.Screen, "status", lambda self, text, last=False: told.append(text))
+    session.ok("-k a,mute -i work -o x", (
+        "import ctypes, time\n"
+        "def hold(seconds): ctypes.PyDLL(None).usleep(int(seconds * 1e6))\n"
+        "x = 1\nbegin = time.time(); {work}; assert time.time() - begin > 12"))
+    assert any("mute does not answer" in text for text in told)
+    assert not any("a does not answer" in text for text in told)
+    assert session.ns["a"].x == session.ns["mute"].x == 1
+    session.ok("-k mute -s")
 
 
 def test_floods(session):
@@ -694,13 +729,14 @@ def test_starts_and_stops_leak_nothing(session):
     def state():
         return len(os.listdir("/proc/self/fd")), threading.active_count(), len(
             os.listdir(jupyter_runtime_dir()))
-    session.ok("-k c=python3")
-    session.ok("-k c -s")
-    before = state()
+    names = ",".join(f"c{i}" for i in range(10))
+    session.ns["targets"] = [f"c{i}=python3" for i in range(10)]
+    states = []
     for _ in range(5):
-        session.ok("-k c=python3 1")
-        session.ok("-k c -s")
-    assert all(after <= low + 2 for after, low in zip(state(), before))
+        session.ok("-k {targets} 1")
+        session.ok(f"-k {names} -s")
+        states.append(state())
+    assert all(last < first + 10 for first, last in zip(states[0], states[-1])), states
 
 
 def test_connection_files_are_private(session):
@@ -871,6 +907,72 @@ def test_notebook_status_line(notebook):
         r"k1 5\.\d s; k2 5\.\d s", told[-1])
 
 
+def test_notebook_asks(notebook):
+    notebook.run("%%remote_exec -k k1 -o secret\nimport getpass; secret = getpass.getpass('pw? ')",
+                 ["xyz"])
+    assert notebook.prompts == ["pw? "]
+    notebook.run("%remote_exec -k k1 1/0")
+    reply, _ = notebook.run("%%remote_exec -k k1\n%debug", ["p 6 * 7", "q"])
+    assert reply["status"] == "ok" and "42" in notebook.text
+    assert notebook.prompts == ["ipdb> ", "ipdb> "]
+
+
+def test_notebook_interrupt_while_asking(notebook):
+    notebook.client.execute("%remote_exec -k k1 input('wait ')", allow_stdin=True)
+    assert notebook.client.get_stdin_msg(timeout=30)["content"]["prompt"] == "wait "
+    notebook.manager.interrupt_kernel()
+    reply = notebook.client.get_shell_msg(timeout=15)["content"]
+    assert reply["ename"] == "KeyboardInterrupt" and "k1 stopped" in reply["evalue"]
+    assert notebook.run("%remote_exec -k k1 print(2)")[0]["status"] == "ok"
+
+
+def test_notebook_slow_front_end(notebook):
+    """The front end reads nothing until all is over."""
+    notebook.client.execute(
+        "%remote_exec -k k1=python3,k2=python3 -o i for i in range(5000): display(i)")
+    assert notebook.client.get_shell_msg(timeout=90)["content"]["status"] == "ok"
+    shown, state = [], "busy"
+    while state != "idle":
+        message = notebook.client.get_iopub_msg(timeout=30)
+        state = message["content"].get("execution_state", "busy")
+        text = message["content"].get("data", {}).get("text/plain", "")
+        if message["msg_type"] == "display_data" and text.isdigit():
+            shown.append(text)
+    assert sorted(map(int, shown)) == sorted([*range(5000)] * 2)
+    notebook.run("print(k1.i, k2.i)")
+    assert notebook.text == "4999 4999\n"
+
+
+def test_two_sessions(session, notebook):
+    """The same names in two sessions, at the same time, and one of them stops."""
+    notebook.client.execute("%remote_exec -k a=python3 -o x import time; time.sleep(2); x = 1")
+    session.ok("-k a -o x import time; time.sleep(1); x = 2")
+    session.ok("-k a -s")
+    assert notebook.client.get_shell_msg(timeout=30)["content"]["status"] == "ok"
+    notebook.run("%remote_exec -k a -o x")
+    notebook.run("print(a.x)")
+    assert notebook.text == "1\n"
+
+
+def test_notebook_captures(notebook):
+    notebook.run("%%capture caught\n%remote_exec -k k1,k2 print('text'); display(5)")
+    assert notebook.text == ""
+    notebook.run("print(sorted(caught.stdout.split()), [o.data for o in caught.outputs])")
+    assert notebook.text == ("['[k1]', '[k1]', '[k2]', '[k2]', 'text', 'text'] "
+                             "[{'text/plain': '5'}, {'text/plain': '5'}]\n")
+
+
+def test_notebook_tb_and_xmode(notebook):
+    notebook.run("%remote_exec -k k1,k2 1/0")
+    _, messages = notebook.run("%tb")
+    shown = "".join(str(m["content"]) for m in messages)
+    assert "ZeroDivisionError" in shown and "remote_exec.py" not in shown
+    notebook.run("%xmode Minimal")
+    reply, messages = notebook.run("%remote_exec -k k1 1/0")
+    notebook.run("%xmode Context")
+    assert "remote_exec.py" not in str(messages)
+
+
 def test_notebook_unloads(notebook):
     notebook.run("%remote_exec -k k1 -o pid pid = os.getpid()")
     notebook.run("print(k1.pid)")
@@ -881,12 +983,25 @@ def test_notebook_unloads(notebook):
 
 
 def test_notebook_end():
+    """One kernel is idle, one holds a thread, one ignores shutdown, one is busy."""
+    files = set(os.listdir(jupyter_runtime_dir()))
     notebook = Notebook()
-    notebook.run("%remote_exec -k k1=python3,k2=python3 -o pid pid = os.getpid()")
-    notebook.run("print(k1.pid, k2.pid)")
-    pids = map(int, notebook.text.split())
+    notebook.run("%remote_exec -k k1=python3,k2=python3,k3=python3,k4=python3 -o pid "
+                 "pid = os.getpid()")
+    notebook.run("print(k1.pid, k2.pid, k3.pid, k4.pid)")
+    pids = list(map(int, notebook.text.split()))
+    notebook.run("%remote_exec -k k2 import threading, time; "
+                 "threading.Thread(target=time.sleep, args=(99,)).start()")
+    notebook.run("%remote_exec -k k3 import signal; signal.signal(signal.SIGTERM, lambda *_: 0); "
+                 "get_ipython().kernel.do_shutdown = None")
+    reply, _ = notebook.run("%%remote_exec -k k4 -t 1\nimport time\nwhile True:\n"
+                 "  try: time.sleep(60)\n  except KeyboardInterrupt: pass")
+    assert "ignores the interrupt" in reply["evalue"]
+    begin = time.monotonic()
     notebook.close()
-    assert all(gone(pid, 3) for pid in pids)
+    assert time.monotonic() - begin < 4
+    assert all(gone(pid, 1) for pid in pids)
+    assert not set(os.listdir(jupyter_runtime_dir())) - files
 
 
 def test_nbclient():
@@ -1044,32 +1159,58 @@ def test_far_kernel_through_remote_ikernel(session, far_specs):
 
 
 @over_ssh
-def test_far_kernel_that_cannot_start(session, tmp_path, monkeypatch):
+@pytest.mark.newest  # sshpyk needs a newer jupyter_client than the floor
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "127.0.0.77"])  # unknown, refused
+def test_far_kernel_that_cannot_start(session, tmp_path, monkeypatch, host):
     install_spec(tmp_path, monkeypatch, "nowhere", [], metadata={"kernel_provisioner": {
         "provisioner_name": "sshpyk-provisioner", "config": {
-            "ssh_host_alias": "no-such-host.invalid", "remote_python": sys.executable,
+            "ssh_host_alias": host, "remote_python": sys.executable,
             "remote_kernel_name": "python3", "raise_on_ssh_config_error": False}}})
-    failures = session.fails("-k nowhere 1")
-    assert "no-such-host.invalid" in failures["nowhere"].evalue
+    failures = session.fails("-k nowhere=nowhere 1")
+    assert host in failures["nowhere"].evalue and "nowhere" not in session.magics.kernels
+    session.ok("-k nowhere=python3 1")
+    session.ok("-k nowhere -s")
 
 
 @over_ssh
 @pytest.mark.newest
 @pytest.mark.skipif(not SSH_LINK, reason="no link to cut: REMOTE_EXEC_SSH_LINK")
 def test_network_outage(session, far_specs):
-    session.ok("-k far=sshpyk-far 1")
-    cut = subprocess.Popen(["sh", "-c", f"sleep 2; ip link set {SSH_LINK} down; sleep 12; "
+    """Twenty seconds without a network: -t and Ctrl-C work, and a result arrives."""
+    session.ok("-k far=sshpyk-far,late=sshpyk-far,stopped=sshpyk-far 1")
+    cut = subprocess.Popen(["sh", "-c", f"sleep 1; ip link set {SSH_LINK} down; sleep 20; "
                                         f"ip link set {SSH_LINK} up"])
     told = []
     status, rx.Screen.status = rx.Screen.status, lambda self, text, last=False: told.append(text)
     try:
+        begin = time.monotonic()
+        failures = session.fails("-k late -t 2 import time; time.sleep(4); x = 7")
+        assert failures["late"].ename == "TimeoutError" and time.monotonic() - begin < 12
+        took = interrupting(session, "-k stopped import time; time.sleep(4); x = 7", None, 1, 2)
+        assert isinstance(session.error, KeyboardInterrupt) and took < 8
+        assert "late is still busy" in session.misused("-k late,far 1")
         session.ok("-k far -o x import time; time.sleep(5); x = 7")
     finally:
         rx.Screen.status = status
         cut.wait()
     assert session.ns["far"].x == 7
     assert any("far does not answer since" in text for text in told)
-    session.ok("-k far -s")
+    session.ok("-k late,stopped,far -s")
+
+
+@over_ssh
+@pytest.mark.newest
+def test_end_over_ssh(far_specs):
+    done = ipython("-c", "\n".join([
+        "%load_ext remote_exec",
+        "%remote_exec -k far=sshpyk-far,near=python3,queue=rik-far -o pid pid = os.getpid()",
+        "try:", "    %remote_exec -k far -t 1 import time; time.sleep(60)",
+        "except Exception: pass",
+        "import time; print(far.pid, near.pid, queue.pid, time.time())"]))
+    ended = time.time()
+    *pids, last = done.stdout.splitlines()[-1].split()
+    assert ended - float(last) < 4
+    assert all(gone(int(pid)) for pid in pids)
 
 
 @over_ssh
