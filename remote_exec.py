@@ -88,7 +88,9 @@ class RemoteError(Exception):
         """Lines that IPython shows in place of this module's own frames."""
         shown = []
         for name, failure in self.failures.items():
-            text = "\n".join(failure.traceback) or str(failure)
+            text = "\n".join(failure.traceback)
+            if not text or failure.ename not in text:
+                text += ("\n" if text else "") + str(failure)
             shown += [*(label(name, text) if self.labelled else text).split("\n"), ""]
         return shown[:-1]
 

@@ -640,6 +640,8 @@ def test_timeout(session):
     session.ns["naps"] = {"a": "60", "b": "0"}
     failures = session.fails("-k a,b -i naps -t 1 -o x x = 1; import time; time.sleep({naps})")
     assert list(failures) == ["a"] and failures["a"].ename == "TimeoutError"
+    assert session.error._render_traceback_()[-1] == (
+        "TimeoutError: still busy after 1 s; interrupted")
     assert session.ns["b"].x == 1
     session.ok("-k a -o x")
 
@@ -1241,20 +1243,34 @@ def old_python(version):
     return found and str(found[-1])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def installs(request, tmp_path_factory):
+    """By version: (interpreter, folder of its packages, the pip that fills it), for
+    those that are tested; the pips work while the other tests run."""
+    found = {}
+    for version in OLD if any("old_pythons" in item.name for item in request.session.items) else ():
+        python, folder = old_python(version), str(tmp_path_factory.mktemp(f"python{version}"))
+        if python:
+            # the pip of 3.6 does not heed which Python a package is for
+            found[version] = python, folder, subprocess.Popen(
+                [sys.executable if version == "3.6" else python, "-m", "pip", "install", "-q",
+                 "--target", folder, *OLD[version]], stderr=subprocess.DEVNULL)
+    yield found
+    for _, _, pip in found.values():
+        pip.kill()
+        pip.wait()
+
+
 @pytest.mark.newest
 @pytest.mark.parametrize("version", OLD)
-def test_old_pythons(session, tmp_path, monkeypatch, version, tmp_path_factory):
-    python = old_python(version)
-    if not python:
+def test_old_pythons(session, tmp_path, monkeypatch, version, installs):
+    if version not in installs:
         pytest.skip(f"no Python {version} (pyenv)")
-    target = tmp_path_factory.getbasetemp() / f"python{version}"
-    # the pip of 3.6 does not heed which Python a package is for
-    pip = sys.executable if version == "3.6" else python
-    subprocess.run([pip, "-m", "pip", "install", "-q", "--target", str(target), *OLD[version]],
-                   check=True, capture_output=True)
+    python, folder, pip = installs[version]
+    assert pip.wait(120) == 0
     install_spec(tmp_path, monkeypatch, "old", [
         python, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-        env={"PYTHONPATH": str(target)})
+        env={"PYTHONPATH": folder})
     session.ns.update(text="h\xe9", array=np.arange(3e5), n=[1, 2.5, None])
     session.ok("-k old -p text,array,n -o version,s,array,n,text", (
         "import sys\nversion = sys.version_info[:2]\ns = 'plain'\narray[0] = 5\nprint(n)"))
@@ -1270,19 +1286,38 @@ def test_old_pythons(session, tmp_path, monkeypatch, version, tmp_path_factory):
 
 # ---- the documents --------------------------------------------------------
 
-def test_readme(tmp_path):
+def test_documents_agree():
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     assert len(re.search(r"```sh\n(.*?)```", readme, re.S).group(1).strip().splitlines()) == 2
     for option in ("kernels", "output", "input", "push", "shutdown", "timeout", "list"):
         assert f"--{option}" in readme and f"--{option}" in rx.RemoteExecMagics.remote_exec.__doc__
-    script = tmp_path / "readme.ipy"
-    script.write_text("\n".join(re.findall(r"```python\n(.*?)```", readme, re.S)))
+
+
+@pytest.mark.newest  # tracebacks and numbers looked different
+def test_readme_shows_what_happens(tmp_path):
+    """Each Python block is run as a cell; what stands below it is what it shows,
+    lines of several kernels in any order."""
     (tmp_path / "a.txt").write_text("1 2\n3 4\n")
     (tmp_path / "b.txt").write_text("5 6\n7 8\n")
-    script.write_text(script.read_text().replace("/data/run7", str(tmp_path)).replace(
-        "/scratch", str(tmp_path)))
-    done = ipython(str(script))
-    assert done.stderr == "" and "Traceback" not in done.stdout, done
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    notebook = Notebook()
+    notebook.run("%unload_ext remote_exec")
+    for code, expected in re.findall(r"```python\n(.*?)```\n(?:```\n(.*?)```\n)?", readme, re.S):
+        code = code.replace("/data/run7", str(tmp_path)).replace("/scratch", str(tmp_path))
+        _, messages = notebook.run(code, ["me", "me"])
+        shown = {}
+        for number, message in enumerate(messages):
+            content = message["content"]
+            place = content.get("transient", {}).get("display_id", number)  # updated in place
+            shown[place] = "\n".join([content.get("text", ""), *content.get("traceback", []),
+                                      content.get("data", {}).get("text/plain", "")])
+        shown = "\n".join([*shown.values(), *(f"{prompt}me" for prompt in notebook.prompts)])
+        shown = re.sub(r"\x1b\[[\d;]*m", "", shown)
+        shown = re.sub(r"(?s)(kernelspecs:\n).*", r"\1  python3", shown)
+        shown = re.sub(r"4\.\d s", "4.0 s", shown)
+        assert sorted(filter(str.strip, shown.split("\n"))) == sorted(
+            filter(str.strip, expected.split("\n"))), code
+    notebook.close()
 
 
 def test_one_file_is_enough(tmp_path):
