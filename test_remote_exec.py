@@ -283,6 +283,20 @@ def test_labelled_lines(chunks):
         assert not line or line.startswith("[k] ")
 
 
+def test_progress_bars_take_turns():
+    """Two bars don't make a line of each of their states, and both ends are there."""
+    screen = rx.Screen(InteractiveShell.instance(), True)
+    with capture_output() as shown:
+        screen.file = sys.stdout
+        for percent in range(100):
+            for name in "ab":
+                screen.stream(name, "stdout", f"\r{percent} %")
+        screen.stream("b", "stdout", "\n")
+        screen.finish("a")
+    assert shown.stdout.count("\n") < 10
+    assert "[a] 99 %\n" in shown.stdout and "[b] 99 %\n" in shown.stdout
+
+
 # ---- the promise ----------------------------------------------------------
 
 def test_readme_story(session, tmp_path):
