@@ -611,7 +611,7 @@ class Screen:
         for line in lines:
             bar = name if line.endswith("\r") else None
             if self.bar not in (None, name):
-                self.write(file, "\n")
+                self.write(self.file, "\n")
             if bar != self.bar:
                 self.since = now
             self.write(file, f"[{name}] {line}")
