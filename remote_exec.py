@@ -464,6 +464,12 @@ class Kernel:
             while self.sockets[channel].poll(wait):
                 self.listen(channel)
 
+    def catch_up(self, screen):
+        """Show what an earlier request printed late."""
+        self.request.screen = screen
+        self.drain()
+        screen.finish(self.name)
+
     def interrupt(self):
         """Interrupt what runs there (protocol 5.3, "Kernel interrupt")."""
         self.interrupted = time.monotonic()
@@ -1097,9 +1103,7 @@ class RemoteExecMagics(Magics):
         """Show late output, and forget kernels that died since the last call."""
         suspects = []
         for kernel in kernels:
-            kernel.request.screen = call.screen
-            kernel.drain()
-            call.screen.finish(kernel.name)
+            kernel.catch_up(call.screen)
             if kernel.broken or kernel.exited:
                 suspects.append(Request(kernel, call.screen, "kernel_info_request"))
             elif kernel.busy:
@@ -1267,7 +1271,7 @@ class RemoteExecMagics(Magics):
         """The text of -l."""
         lines = ["running kernels:"]
         for name, kernel in self.kernels.items():
-            kernel.drain()
+            kernel.catch_up(Screen(self.shell, labelled=True))
             state = "dead" if kernel.exited else "busy" if kernel.busy else "idle"
             lines.append(f"  {name}  {kernel.spec}  {state}")
         return "\n".join(lines + ["  none"] * (not self.kernels) + [

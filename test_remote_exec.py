@@ -687,14 +687,17 @@ def test_death_between_cells(session):
 @pytest.mark.parametrize("argv, cause", [
     (["/no/such/program"], "/no/such/program"),
     (["sh", "-c", "echo last words >&2; exit 7"], "exit code 7.*last words"),
-    (["sleep", "1000"], "3 s")])
+    (["sleep", "1000"], "not ready after 4.5 s")])
 def test_kernel_that_cannot_start(session, tmp_path, monkeypatch, argv, cause):
     install_spec(tmp_path, monkeypatch, "broken", argv)
-    monkeypatch.setattr(session.magics, "startup_timeout", 3.0)
+    monkeypatch.setattr(session.magics, "startup_timeout", 4.5)
+    told = []
+    monkeypatch.setattr(rx.Screen, "status", lambda self, text, last=False: told.append(text))
     files = set(os.listdir(jupyter_runtime_dir()))
     failures = session.fails("-k a,broken -o x x = 1")
     assert list(failures) == ["broken"]
     assert re.search(cause, failures["broken"].evalue), failures
+    assert argv[0] != "sleep" or told[1].startswith("starting broken ("), told
     assert "broken" not in session.magics.kernels and "broken" not in session.ns
     deadline = time.monotonic() + 10
     while set(os.listdir(jupyter_runtime_dir())) - files and time.monotonic() < deadline:
