@@ -635,12 +635,20 @@ class Screen:
         data, update = content["data"], kind == "update_display_data"
         if self.labelled and not update:
             self.finish(name)
-            text = str(data.get("text/plain", ""))
-            self.write(sys.stdout, label(name, text)[:-len(text) or None])
+            one_line = "\n" not in str(data.get("text/plain", "\n"))
+            self.write(sys.stdout, f"[{name}]" + (
+                " " if one_line and not hasattr(self.shell, "kernel") else "\n"))
         self.file.flush()
-        self.shell.display_pub.publish(
-            data=data, metadata=content.get("metadata") or {},
-            transient=content.get("transient") or {}, update=update)
+        transient = dict(content.get("transient") or {})
+        if "display_id" in transient:  # two kernels may choose the same
+            transient["display_id"] = f"{name} {transient['display_id']}"
+        self.shell.display_pub.publish(data=data, metadata=content.get("metadata") or {},
+                                       transient=transient, update=update)
+
+    def clear(self, wait):
+        self.unfinished.clear()
+        self.status_id = self.status_text = None  # the line of a notebook goes with the rest
+        self.shell.display_pub.clear_output(wait=wait)
 
     def error(self, name, lines):
         self.finish(name)
@@ -758,7 +766,7 @@ class Request:
             elif kind in ("display_data", "execute_result", "update_display_data"):
                 self.screen.display(name, kind, content)
             elif kind == "clear_output":
-                self.screen.shell.display_pub.clear_output(wait=bool(content.get("wait")))
+                self.screen.clear(bool(content.get("wait")))
             elif kind == "error":
                 self.errors = [str(line) for line in content["traceback"]]
                 if not ours:
@@ -831,13 +839,13 @@ class Call:
                         kernel.listen(channel)
                 now = time.monotonic()
                 for request in waiting:
-                    if request.question:
-                        self.ask(request)
                     if not request.done:
                         request.kernel.watch(now)
                     if not request.done:
                         late = timeout is not None and now - begin > timeout
                         self.hurry(request, now, late, self.interrupts > seen, timeout, grace)
+                    if request.question:
+                        self.ask(request)
                     if request.done or request.given_up:
                         request.conclude(now - begin, timeout)
                 waiting = [request for request in waiting if request.took is None]
@@ -858,7 +866,8 @@ class Call:
         ignores a time-out's interrupt for `grace` seconds."""
         sent = request.kernel.interrupted
         if (late or interrupted) and not sent:
-            request.late = late
+            request.kernel.listen("stdin")
+            request.late, request.question = late, None  # what was asked by now
             if grace:
                 request.kernel.interrupt()
             elif late:

@@ -864,7 +864,7 @@ class Notebook:
             self.prompts.append(message["content"]["prompt"])
             self.client.input(answers.pop(0))
         reply = self.client.execute_interactive(
-            code, allow_stdin=True, timeout=60, output_hook=messages.append, stdin_hook=stdin)
+            code, allow_stdin=True, timeout=30, output_hook=messages.append, stdin_hook=stdin)
         self.text = "".join(m["content"]["text"] for m in messages if m["msg_type"] == "stream")
         return reply["content"], messages
 
@@ -943,6 +943,28 @@ def test_notebook_interrupt_while_asking(notebook):
     reply = notebook.client.get_shell_msg(timeout=15)["content"]
     assert reply["ename"] == "KeyboardInterrupt" and "k1 stopped" in reply["evalue"]
     assert notebook.run("%remote_exec -k k1 print(2)")[0]["status"] == "ok"
+
+
+def test_notebook_one_interrupt_for_all_questions(notebook):
+    notebook.client.execute("%remote_exec -k k1=python3,k2=python3 input('wait ')",
+                            allow_stdin=True)
+    notebook.client.get_stdin_msg(timeout=30)
+    time.sleep(0.5)  # the other one's question is there, too
+    notebook.manager.interrupt_kernel()
+    reply = notebook.client.get_shell_msg(timeout=15)["content"]
+    assert reply["ename"] == "KeyboardInterrupt" and "k1, k2 stopped" in reply["evalue"]
+    assert not notebook.client.stdin_channel.msg_ready()
+    assert notebook.run("%remote_exec -k k1,k2 print(2)")[0]["status"] == "ok"
+
+
+def test_notebook_displays_of_two(notebook):
+    """The same display_id on two kernels means two displays; clearing clears all."""
+    _, messages = notebook.run("%%remote_exec -k k1,k2 \nfrom IPython.display import clear_output\n"
+                               "h = display(1, display_id='same'); h.update(2)\n"
+                               "print('gone', end=''); clear_output(); print('there')")
+    ids = [m["content"]["transient"]["display_id"] for m in messages if "display" in m["msg_type"]]
+    assert len(ids) == 4 and len(set(ids)) == 2
+    assert "gone" not in notebook.text and "[k1] there\n" in notebook.text
 
 
 def test_notebook_slow_front_end(notebook):
