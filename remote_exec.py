@@ -206,7 +206,7 @@ def prepare(directory, pushed, there):
         os.chdir(directory)
     if pushed:
         try:
-            parent = shell.kernel.get_parent("shell")
+            parent = shell.kernel.get_parent()
         except AttributeError:  # before ipykernel 6
             parent = shell.kernel._parent_header
         shell.user_ns.update(unpack(parent["buffers"], there))
@@ -224,13 +224,13 @@ def send(names, protocol):
         from comm import create_comm
     except ImportError:  # before ipykernel 6
         from ipykernel.comm import Comm as create_comm
-    comm = create_comm(target_name="remote_exec", comm_id="remote_exec", primary=False)
-    comm.send({"failures": failures, "versions": versions()}, buffers=parts)
+    comm = create_comm(target_name="remote_exec", primary=False)
+    comm.send({"remote_exec": failures, "versions": versions()}, buffers=parts)
 
 
 def publish_all(kernel):
     """Lift ZMQ's limit of 1000 queued messages, past which outputs are dropped."""
-    thread = getattr(kernel.iopub_socket, "io_thread", None)
+    thread = getattr(getattr(kernel, "iopub_socket", None), "io_thread", None)
     if thread is not None:
         thread.schedule(lambda: setattr(thread.socket, "sndhwm", 0))
 
@@ -258,13 +258,6 @@ def remote_call(function, *arguments):
 
 SHORT, LONG = "k:o:i:p:t:sl", [
     "kernels=", "output=", "input=", "push=", "timeout=", "shutdown", "list"]
-
-
-class Target(NamedTuple):
-    """One entry of ``-k``: NAME[=SPEC][:DIRECTORY]."""
-    name: str
-    spec: str
-    directory: str
 
 
 def parse_line(line):
@@ -295,8 +288,8 @@ def parse_names(option, text):
 
 
 def parse_targets(entries):
-    """`Target` of each entry; UsageError for a bad or repeated NAME."""
-    targets = []
+    """(NAME, SPEC, DIRECTORY) of each entry; UsageError for a bad or repeated NAME."""
+    targets = {}
     for entry in entries:
         head, _, directory = entry.partition(":")
         name, equals, spec = head.partition("=")
@@ -305,11 +298,11 @@ def parse_targets(entries):
                              "write NAME[=SPEC][:DIRECTORY],... without blanks")
         if equals and not spec:
             raise UsageError(f"-k: no kernelspec after {head!r}")
-        if name in [target.name for target in targets]:
+        if name in targets:
             raise UsageError(f"-k: {name} stands there twice; give the second "
                              f"another name, like {name}2={spec or name}")
-        targets.append(Target(name, spec, directory))
-    return targets
+        targets[name] = name, spec, directory
+    return list(targets.values())
 
 
 def parse_seconds(text):
@@ -336,8 +329,7 @@ def match_spec(wanted, specs):
         return found[0]
     if found:
         raise UsageError(f"kernelspec {wanted!r} may be any of: {', '.join(found)}")
-    closest = sorted(sorted(specs), reverse=True, key=lambda spec: difflib.SequenceMatcher(
-        None, wanted.lower(), spec).ratio())
+    closest = difflib.get_close_matches(wanted.lower(), sorted(specs), len(specs) + 1, cutoff=0)
     raise UsageError(f"no kernelspec matches {wanted!r}; there are: {', '.join(closest)}")
 
 
@@ -368,7 +360,7 @@ class Kernel:
         self.protocol = None  # pickle's highest over there; None: not Python
         self.ready = False    # the remote side is there
         self.sockets = {}
-        self.request = None   # the last one sent
+        self.request = None   # the last one
         self.broken = False   # its connection was closed since we last heard from it
         self.end = None       # future of `ended`, while that is asked
         self.stderr = tempfile.TemporaryFile("w+", errors="backslashreplace")
@@ -391,11 +383,10 @@ class Kernel:
             return
         os.makedirs(jupyter_runtime_dir(), mode=0o700, exist_ok=True)
         config = Config()
-        if AsyncKernelManager.class_traits().get("transport_encryption") and zmq.has("curve"):
+        if zmq.has("curve"):  # what an older jupyter_client has no use for, it ignores
             config.KernelManager.transport_encryption = "auto"
         config.merge(self.config)
-        log = logging.Logger("remote_exec")  # has no parent: the terminal is the user's
-        log.addHandler(logging.NullHandler())
+        log = logging.Logger("remote_exec", logging.CRITICAL + 1)  # the terminal is the user's
         self.manager = AsyncKernelManager(
             kernel_name=self.spec, config=config, log=log,
             context=zmq.asyncio.Context.shadow(self.context.underlying),
@@ -408,13 +399,9 @@ class Kernel:
         self.client = KernelClient(context=self.context, connection_file=(
             self.spec if self.attached else self.manager.connection_file))
         self.client.load_connection_file()
-        identity = self.client.session.bsession
-        self.sockets = {
-            "iopub": self.client.connect_iopub(),
-            "shell": self.client.connect_shell(identity=identity),
-            "stdin": self.client.connect_stdin(identity=identity),
-            "control": self.client.connect_control(identity=identity),
-            "hb": self.client.connect_hb()}
+        self.sockets = {channel: getattr(self.client, "connect_" + channel)(
+            identity=self.client.session.bsession)
+            for channel in ("iopub", "shell", "stdin", "control", "hb")}
         self.sockets["hb"].setsockopt(zmq.REQ_RELAXED, 1)
         self.sockets["closed"] = self.sockets["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
@@ -424,12 +411,17 @@ class Kernel:
             self.sockets[channel], kind, content, buffers=buffers)["header"]["msg_id"]
 
     def submit(self, request):
-        """Send a request; the messages are for it from now on."""
+        """Send a request; the messages are for it from now on. It fails at once
+        where the kernel could not be launched."""
         self.request = request
-        self.heard = self.pinged = time.monotonic()
-        self.asked = self.probed = 0  # when we asked for its end, and sent a probe
-        self.ping = None              # when the heartbeat that was not answered was sent
-        self.interrupted = None       # when an interrupt was sent
+        request.heard = request.pinged = time.monotonic()
+        try:
+            self.launched.result()
+            if not self.sockets:
+                self.connect()
+        except Exception as error:
+            request.give_up(type(error).__name__, str(error))
+            return
         request.msg_id = self.send("shell", request.kind, request.content, request.buffers)
         request.buffers = None
 
@@ -438,18 +430,16 @@ class Kernel:
         this kernel's key, or isn't a message, is as if it had never come."""
         if channel == "closed":
             self.sockets[channel].recv_multipart()
-            self.broken, self.asked = True, 0
+            self.broken, self.request.asked = True, 0
             return
-        self.heard = time.monotonic()
+        self.request.heard = time.monotonic()
         if channel == "hb":
             self.sockets[channel].recv()
-            self.ping = None
+            self.request.ping = None
             return
         for _ in range(100):
             try:
                 message = self.client.session.recv(self.sockets[channel], copy=False)[1]
-            except zmq.ZMQError:
-                raise
             except Exception:
                 continue
             if message is None:
@@ -458,7 +448,7 @@ class Kernel:
 
     def drain(self, wait=0):
         """Take in all that has come by now, or comes within `wait` ms of it."""
-        if self.sockets["closed"].poll(0):
+        if self.sockets["closed"].poll(0):  # may be opened and closed for ever
             self.listen("closed")
         for channel in ("iopub", "shell", "control"):
             while self.sockets[channel].poll(wait):
@@ -470,17 +460,13 @@ class Kernel:
         self.drain()
         screen.finish(self.name)
 
-    def interrupt(self):
-        """Interrupt what runs there (protocol 5.3, "Kernel interrupt")."""
-        self.interrupted = time.monotonic()
-        self.send("control", "interrupt_request", {})
-
     def watch(self, now):
         """Look after a kernel whose request is not done: does it live, does the
         network, was a reply lost?"""
-        request, silent = self.request, now - self.heard
-        if self.end is None and now - self.asked > 3 and (silent > 1 or self.broken):
-            self.end, self.asked = self.later(self.ended()), now
+        request = self.request
+        silent = now - request.heard
+        if self.end is None and now - request.asked > 3 and (silent > 1 or self.broken):
+            self.end, request.asked = self.later(self.ended()), now
         if self.end is not None and self.end.done():
             how = None if self.end.exception() else self.end.result()
             self.end = None
@@ -491,16 +477,16 @@ class Kernel:
         # replies come in order: that of a later request tells that ours was lost
         half = (request.reply is not None) != request.idle
         patience = 1 if request.kind == "execute_request" else 0.3
-        if (self.broken or half and silent > patience) and now - self.probed > 10:
-            request.probe, self.probed = self.send("shell", "kernel_info_request", {}), now
+        if (self.broken or half and silent > patience) and now - request.probed > 10:
+            request.probe, request.probed = self.send("shell", "kernel_info_request", {}), now
             self.broken = False
-        if silent > 2 and now - self.pinged > (2 if self.ping is None else 10):
-            self.ping, self.pinged = self.ping or now, now
+        if silent > 2 and now - request.pinged > (2 if request.ping is None else 10):
+            request.ping, request.pinged = request.ping or now, now
             try:
                 self.sockets["hb"].send(b"ping", zmq.NOBLOCK)
             except zmq.Again:  # not connected
                 pass
-        if self.interrupted and not request.interrupt_answered and now - self.interrupted > 2:
+        if request.interrupted and not request.interrupt_answered and now - request.interrupted > 2:
             request.interrupt_answered = True  # ipykernel before 6 heeds the signal alone
             if not self.attached:
                 self.later(self.manager.signal_kernel(signal.SIGINT))
@@ -532,7 +518,8 @@ class Kernel:
         code = getattr(process, "returncode", None)
         if code is None:
             return "its process is gone"
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        names = {-each: f"killed by {each.name}" for each in signal.Signals}
+        return names.get(code, f"exit code {code}")
 
     def last_words(self):
         """What the process said on stderr at the end: it explains a failed start."""
@@ -557,18 +544,17 @@ class Kernel:
         await asyncio.gather(asyncio.wrap_future(self.launched), return_exceptions=True)
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
-        if self.manager is None or self.manager.provisioner is None:
+        provisioner = getattr(self.manager, "provisioner", None)
+        if provisioner is None:
             return
         self.manager.shutting_down = True
         try:
-            if self.manager.has_kernel and grace:
+            if grace:
                 await self.manager.request_shutdown()
-                await asyncio.wait_for(self.manager.finish_shutdown(waittime=2 * grace), grace)
-            elif self.manager.has_kernel:
-                raise asyncio.TimeoutError
-        except asyncio.TimeoutError:
-            await asyncio.wait_for(self.manager.provisioner.kill(), 5)
-            await asyncio.wait_for(self.manager.provisioner.wait(), 5)
+            ended = asyncio.ensure_future(provisioner.wait())
+            if not (await asyncio.wait([ended], timeout=grace))[0]:
+                await asyncio.wait_for(provisioner.kill(), 5)
+                await asyncio.wait_for(ended, 5)
         finally:
             await self.manager.cleanup_resources()
             self.stderr.close()
@@ -689,6 +675,10 @@ class Request:
         self.reply, self.idle, self.outputs, self.failure = None, False, None, None
         self.errors = []       # a traceback that was published; the reply may repeat it
         self.question = None   # an input_request that waits for its answer
+        self.heard = self.pinged = 0  # when a message last came, and a heartbeat was sent
+        self.asked = self.probed = 0  # when we asked for the kernel's end, and sent a probe
+        self.ping = None              # when the heartbeat that was not answered was sent
+        self.interrupted = None       # when an interrupt was due
         self.interrupt_answered = self.late = self.given_up = False
         self.died = None       # how the kernel did
         self.took = None       # seconds
@@ -716,7 +706,7 @@ class Request:
         """Take in a message. A malformed one is a failure, never an exception."""
         try:
             getattr(self, "hear_" + channel)(
-                message["msg_type"], message["content"], message["parent_header"], message)
+                message["msg_type"], message["content"], message["parent_header"] or {}, message)
         except Exception as error:
             self.fail("ProtocolError", f"{channel} message: {type(error).__name__}: {error}")
 
@@ -756,8 +746,8 @@ class Request:
                     self.msg_id, self.probe):
                 self.idle = True
         elif kind == "comm_msg":
-            if ours and content["comm_id"] == "remote_exec" and self.outputs is None:
-                self.outputs = dict(content["data"]), list(message["buffers"])
+            if ours and self.outputs is None and "remote_exec" in dict(content["data"] or {}):
+                self.outputs = content["data"], list(message["buffers"])
         elif parent.get("session") == self.kernel.client.session.session:
             if ours:
                 self.show_errors()
@@ -780,9 +770,9 @@ class Request:
     def conclude(self, seconds, timeout):
         """What remains to be told once the waiting is over."""
         self.took = seconds
-        if self.late and self.failure and self.failure.ename == "KeyboardInterrupt":
-            self.failure = self.failure._replace(
-                ename="TimeoutError", evalue=f"still busy after {timeout:g} s; interrupted")
+        if self.late and not (self.died or self.given_up):
+            self.failure = Failure("TimeoutError", f"still busy after {timeout:g} s; interrupted",
+                                   self.failure.traceback if self.failure else [])
         if self.failure is None:
             self.show_errors()
         elif not self.failure.traceback:
@@ -814,36 +804,38 @@ class Call:
         if self.interrupts > 1 or self.asking:
             raise KeyboardInterrupt
 
-    def run(self, requests, timeout=None, grace=5.0, verb="waiting for"):
-        """Send all `requests`, and return when each is done, dead or given up.
+    def run(self, requests, timeout=None, verb="waiting for"):
+        """Send all `requests`, each once its kernel is launched, and return when
+        each is done, dead or given up.
 
         After `timeout` seconds, the kernels still busy are interrupted, and given
-        up `grace` seconds later; after a Ctrl-C they are interrupted and waited
-        for (with no `grace`, given up). The second Ctrl-C gives all up. What came
-        of it stands in the requests. Raises nothing.
+        up 5 s later; after a Ctrl-C they are interrupted and waited for. The
+        second Ctrl-C gives all up. What came of it stands in the requests. Raises
+        nothing.
         """
         poller, owners = zmq.Poller(), {}
-        for request in requests:
-            request.kernel.submit(request)
-            for channel, each in request.kernel.sockets.items():
-                poller.register(each, zmq.POLLIN)
-                owners[each] = request.kernel, channel
         begin = told = time.monotonic()
-        seen, waiting = self.interrupts, list(requests)
+        seen, waiting, unsent = self.interrupts, list(requests), list(requests)
         try:
             while waiting:
-                for each, _ in poller.poll(100):
+                for request in [each for each in unsent if each.kernel.launched.done()]:
+                    unsent.remove(request)
+                    request.kernel.submit(request)
+                    for channel, each in request.kernel.sockets.items():
+                        poller.register(each, zmq.POLLIN)
+                        owners[each] = request.kernel, channel
+                for each, _ in poller.poll(20 if unsent else 100):
                     kernel, channel = owners[each]
                     # what was printed before a question stands before it
                     if channel != "stdin" or not kernel.sockets["iopub"].poll(50):
                         kernel.listen(channel)
                 now = time.monotonic()
                 for request in waiting:
-                    if not request.done:
+                    if request.msg_id and not request.done:
                         request.kernel.watch(now)
-                    if not request.done:
-                        late = timeout is not None and now - begin > timeout
-                        self.hurry(request, now, late, self.interrupts > seen, timeout, grace)
+                    late = timeout is not None and now - begin > timeout
+                    if (late or self.interrupts > seen) and not request.done:
+                        self.hurry(request, now, late, timeout)
                     if request.question:
                         self.ask(request)
                     if request.done or request.given_up:
@@ -861,26 +853,27 @@ class Call:
                            last=True)
         self.screen.file.flush()
 
-    def hurry(self, request, now, late, interrupted, timeout, grace):
-        """Interrupt a request that is late or was interrupted; give up what
-        ignores a time-out's interrupt for `grace` seconds."""
-        sent = request.kernel.interrupted
-        if (late or interrupted) and not sent:
-            request.kernel.listen("stdin")
-            request.late, request.question = late, None  # what was asked by now
-            if grace:
-                request.kernel.interrupt()
+    def hurry(self, request, now, late, timeout):
+        """Interrupt a request that is late or was interrupted; give up what has no
+        code to interrupt, or ignores a time-out's interrupt for 5 s."""
+        if request.interrupted is None:
+            request.interrupted, request.late = now, late
+            if request.kind == "execute_request":  # protocol 5.3, "Kernel interrupt"
+                request.kernel.listen("stdin")
+                request.question = None  # what was asked by now
+                request.kernel.send("control", "interrupt_request", {})
             elif late:
-                request.give_up("TimeoutError", f"no answer in {timeout:g} s")
+                request.give_up("TimeoutError", f"not ready after {timeout:g} s "
+                                "(c.RemoteExecMagics.startup_timeout)")
             else:
                 request.give_up("KeyboardInterrupt", "interrupted")
-        elif request.late and now - sent > grace:
+        elif request.late and now - request.interrupted > 5:
             request.give_up("TimeoutError", f"still busy after {timeout:g} s, and it ignores the "
                             "interrupt; -s replaces the kernel")
 
     def tell(self, waiting, total, now, spent, verb):
         """After 3 s, say who is waited for, and who has not answered since when."""
-        pings = [(request.kernel.name, request.kernel.ping) for request in waiting]
+        pings = [(request.kernel.name, request.ping) for request in waiting]
         silent = [f"; {name} does not answer since " + time.strftime(
             "%H:%M:%S", time.localtime(time.time() - (now - ping)))
             for name, ping in pings if ping and now - ping > 4]
@@ -927,6 +920,8 @@ class KernelNamespace:
         return sorted(vars(self))
 
     def __getattr__(self, name):
+        if name.startswith("_"):  # copy and pickle look for theirs before there is a name
+            raise AttributeError(name)
         raise AttributeError(f"{self.__name} has no variable {name!r} here; "
                              f"there are: {', '.join(dir(self)) or 'none'}")
 
@@ -942,7 +937,8 @@ class RemoteExecMagics(Magics):
 
     def __init__(self, shell, **options):
         super().__init__(shell, **options)
-        self.kernels, self.namespaces, self.specs = {}, {}, {}  # by NAME
+        self.kernels, self.namespaces = {}, {}  # by NAME
+        self.ending = []  # futures of the stops, which the session's end waits for
         self.context = zmq.Context(io_threads=2)
         self.context.rcvhwm = self.context.sndhwm = 0  # drop nothing, never block
         self.lock = threading.Lock()
@@ -1035,22 +1031,25 @@ class RemoteExecMagics(Magics):
         targets = parse_targets(self.entries(options, local_ns))
         values = {name: self.local(name, "i", local_ns) for name in inputs}
         push = {name: self.local(name, "p", local_ns) for name in pushes}
-        codes = {target.name: substitute(code, target.name, values) for target in targets}
+        codes = {name: substitute(code, name, values) for name, _, _ in targets}
         only_stop = "s" in options and not code.strip()
         specs = {} if only_stop else {
-            target.name: self.spec(target, "s" in options) for target in targets}
+            target[0]: self.spec(target, "s" in options) for target in targets}
 
         with Call(self.shell, len(targets) > 1) as call:
             if "s" in options:
-                concurrent.futures.wait([self.kernels.pop(target.name).stop(grace=2.5)
-                                         for target in targets if target.name in self.kernels])
+                ends = {name: self.stop(self.kernels[name], grace=2.5)
+                        for name in codes if name in self.kernels}
+                concurrent.futures.wait(ends.values())
+                lost = {name: Failure("ShutdownError", f"may still run: {end.exception()!r}")
+                        for name, end in ends.items() if end.exception()}
+                if lost:
+                    raise RemoteError(lost, call.screen.labelled)
             if only_stop:
                 return
-            self.refresh([self.kernels[name] for name in specs if name in self.kernels], call)
-            self.start({name: specs[name] for name in specs if name not in self.kernels}, call)
+            self.start(specs, call)
             self.prepare(targets, push, outputs, timeout, call)
-            for name in specs:
-                self.bind(self.kernels[name])
+            self.shell.user_ns.update({name: self.namespaces[name] for name in specs})
             if code.strip() or outputs:
                 self.execute(codes, outputs, timeout, call)
 
@@ -1081,14 +1080,10 @@ class RemoteExecMagics(Magics):
     def spec(self, target, replace):
         """The full kernelspec name, or connection file, that a target means.
         UsageError if NAME runs another, or means something else to the user."""
-        name, running = target.name, self.kernels.get(target.name)
-        value = self.shell.user_ns.get(name, getattr(builtins, name, None))
-        known = name in self.shell.user_ns or hasattr(builtins, name)
-        if known and getattr(value, NAME, None) != name:
-            raise UsageError(f"{name} is already something else here ({type(value).__name__}); "
-                             f"choose another name, like my_{name}={name}")
-        wanted = target.spec or self.specs.get(name, name)
-        if running and (not target.spec or wanted == running.spec):
+        name, spec, _ = target
+        running, namespace = self.kernels.get(name), self.namespace(name)
+        wanted = spec or getattr(namespace, SPEC)
+        if running and (not spec or wanted == running.spec):
             return running.spec
         if wanted.endswith(".json"):
             try:
@@ -1106,77 +1101,62 @@ class RemoteExecMagics(Magics):
     def find_specs(self):
         return sorted(KernelSpecManager(config=self.shell.config).find_kernel_specs())
 
+    def namespace(self, name):
+        """What NAME stands for, or will: the same object as ever. UsageError if it
+        means something else to the user."""
+        ours = self.namespaces.get(name) or KernelNamespace(name)
+        value = self.shell.user_ns.get(name, getattr(builtins, name, ours))
+        if getattr(value, NAME, None) != name:
+            raise UsageError(f"{name} is already something else here ({type(value).__name__}); "
+                             f"choose another name, like my_{name}={name}")
+        return value
+
     # what happens to kernels
 
-    def refresh(self, kernels, call):
-        """Show late output, and forget kernels that died since the last call."""
-        suspects = []
+    def start(self, specs, call):
+        """Have the kernels that `specs` gives by NAME at work, all at once: show what
+        they printed since the last call, start the missing, and anew those that
+        died. RemoteError names those that can't be; the others stay."""
+        kernels = [self.kernels[name] for name in specs if name in self.kernels]
         for kernel in kernels:
             kernel.catch_up(call.screen)
-            if kernel.broken or kernel.exited:
-                suspects.append(Request(kernel, call.screen, "kernel_info_request"))
-            elif kernel.busy:
+            if kernel.busy and not (kernel.broken or kernel.exited):
                 raise UsageError(f"{kernel.name} is still busy with an earlier cell; wait for it, "
                                  "or replace the kernel with -s")
-        call.run(suspects, self.startup_timeout, grace=0, verb="reconnecting")
-        for request in suspects:
-            if request.died:
-                name = request.kernel.name
+        requests = [Request(kernel, call.screen, "kernel_info_request") for kernel in (
+            self.kernels.get(name) or Kernel(name, spec, self.context, self.shell.config)
+            for name, spec in specs.items())
+            if kernel not in kernels or kernel.broken or kernel.exited]
+        call.run(requests, self.startup_timeout, verb="starting")
+        failures, dead = {}, {}
+        for request in requests:
+            kernel, failure, name = request.kernel, request.failure, request.kernel.name
+            if kernel in kernels and request.died:
                 call.screen.write(
                     sys.stderr, f"{name} had died ({request.died}) and is started anew\n")
-                self.kernels.pop(name).stop(0)
-        self.judge([request for request in suspects if not request.died], call)
-
-    def start(self, specs, call):
-        """Start the kernels that `specs` gives by NAME, all at once; RemoteError
-        names those that can't be, the others stay."""
-        begin, causes, requests = time.monotonic(), {}, []
-        kernels = {name: Kernel(name, spec, self.context, self.shell.config)
-                   for name, spec in specs.items()}
-        waiting, spent = {kernel.launched for kernel in kernels.values()}, 0
-        while waiting and not call.interrupts and spent < self.startup_timeout:
-            waiting = concurrent.futures.wait(waiting, timeout=0.1).not_done
-            spent = time.monotonic() - begin
-            if waiting and spent > 3:
-                call.screen.status("starting {} ({:.0f} s)".format(", ".join(
-                    n for n, kernel in kernels.items() if kernel.launched in waiting), spent))
-        late = "TimeoutError", (f"not ready after {self.startup_timeout:g} s "
-                                "(c.RemoteExecMagics.startup_timeout)")
-        for name, kernel in kernels.items():
-            try:
-                if kernel.launched in waiting:
-                    causes[name] = late
-                    continue
-                kernel.launched.result()
-                kernel.connect()
-                requests.append(Request(kernel, call.screen, "kernel_info_request"))
-            except Exception as error:
-                causes[name] = type(error).__name__, error
-        call.run(requests, max(0.1, self.startup_timeout - spent), grace=0, verb="starting")
-        for request in requests:
-            failure, kernel = request.failure, request.kernel
-            if failure:
-                causes[kernel.name] = late if failure.ename == "TimeoutError" else (
-                    failure.ename, request.died or failure.evalue)
+                self.stop(kernel)
+                dead[name] = kernel.spec
+            elif kernel in kernels and failure:
+                failures[name] = failure
+            elif failure:
+                failures[name] = failure._replace(evalue=": ".join(filter(None, (
+                    "could not start", request.died or failure.evalue, kernel.last_words()))))
+                self.stop(kernel)
             else:
                 language = dict(request.reply.get("language_info") or {})
                 kernel.language = str(language.get("name"))
                 if kernel.language == "python":
                     version = tuple(map(int, re.findall(r"\d+", language["version"])[:2]))
                     kernel.protocol = 5 if version >= (3, 8) else 4 if version >= (3, 4) else 2
-        failures = {}
-        for name, kernel in kernels.items():
-            if name in causes:
-                ename, cause = causes[name]
-                failures[name] = Failure(ename, ": ".join(filter(None, (
-                    "could not start", str(cause), kernel.last_words()))))
-                kernel.stop(0)
-            else:
-                self.kernels[name], self.specs[name] = kernel, kernel.spec
+                self.kernels[name] = kernel
+                self.namespaces[name] = self.namespace(name)
+                setattr(self.namespaces[name], SPEC, kernel.spec)
         if call.interrupts:
             raise KeyboardInterrupt(f"{', '.join(failures) or 'kernels'} not started")
         if failures:
             raise RemoteError(failures, call.screen.labelled)
+        if dead:
+            self.start(dead, call)
 
     def prepare(self, targets, push, outputs, timeout, call):
         """Set new kernels up, change directories, push variables; RemoteError
@@ -1221,12 +1201,15 @@ class RemoteExecMagics(Magics):
         """Unpickle a request's outputs; returns the failures. What can't be
         loaded together is fetched again one by one."""
         kernel = request.kernel
+        if request.outputs is None:
+            return [Failure("LostReplyError", "the connection broke, and the outputs were lost "
+                            "with it; -o without code fetches them")]
         try:
             (data, buffers), request.outputs = request.outputs, None
             values = unpack(buffers, data.get("versions"))
             vars(self.namespaces[kernel.name]).update(
                 {name: values[name] for name in names if name in values})
-            return [Failure(str(ename), str(evalue)) for ename, evalue in data["failures"]]
+            return [Failure(str(ename), str(evalue)) for ename, evalue in data["remote_exec"]]
         except Exception as error:
             if len(names) == 1:
                 return [Failure(type(error).__name__, f"{names[0]} can't be loaded here: {error}")]
@@ -1244,7 +1227,7 @@ class RemoteExecMagics(Magics):
         failures = {r.kernel.name: r.failure for r in requests if r.failure}
         for request in requests:
             if request.died:
-                self.kernels.pop(request.kernel.name).stop(0)
+                self.stop(request.kernel)
         if call.interrupts:
             stopped = [n for n, f in failures.items() if f.ename == "KeyboardInterrupt"]
             others = {n: f for n, f in failures.items() if n not in stopped}
@@ -1258,18 +1241,20 @@ class RemoteExecMagics(Magics):
         if failures:
             raise RemoteError(failures, call.screen.labelled)
 
-    def bind(self, kernel):
-        """Make NAME the kernel's namespace, the same object as ever."""
-        namespace = (self.shell.user_ns.get(kernel.name) or self.namespaces.get(kernel.name)
-                     or KernelNamespace(kernel.name))
-        setattr(namespace, SPEC, kernel.spec)
-        self.namespaces[kernel.name] = self.shell.user_ns[kernel.name] = namespace
+    def stop(self, kernel, grace=0):
+        """Future of a kernel's end."""
+        self.kernels.pop(kernel.name, None)
+        future = kernel.stop(grace)
+        self.ending = [each for each in self.ending if not each.done()] + [future]
+        return future
 
     def close(self):
         """Shut everything down, within two seconds: the end of the session."""
-        kernels, self.kernels = list(self.kernels.values()), {}
+        kernels = list(self.kernels.values())
         if os.getpid() == self.pid:
-            concurrent.futures.wait([kernel.stop(1) for kernel in kernels], timeout=2)
+            for kernel in kernels:
+                self.stop(kernel, grace=1)
+            concurrent.futures.wait(self.ending, timeout=2)
         for kernel in kernels:  # a forked child's are its parent's
             if kernel.manager and os.getpid() != self.pid:
                 kernel.manager.connection_file = ""
