@@ -19,6 +19,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -41,7 +42,16 @@ os.environ["JUPYTER_RUNTIME_DIR"] = RUNTIME.name
 HERE = pathlib.Path(__file__).parent
 SSH_HOST = os.environ.get("REMOTE_EXEC_SSH_HOST")
 SSH_LINK = os.environ.get("REMOTE_EXEC_SSH_LINK")
+with warnings.catch_warnings():  # there is no file to register marks in
+    warnings.simplefilter("ignore")
+    newest, marked_bench = pytest.mark.newest, pytest.mark.bench
 over_ssh = pytest.mark.skipif(not SSH_HOST, reason="no second host: REMOTE_EXEC_SSH_HOST")
+
+
+def bench(test):
+    """Marks a benchmark, which runs where it is asked for by its mark."""
+    return marked_bench(pytest.mark.skipif(
+        "bench" not in sys.argv, reason="figures: pytest -m bench -s")(test))
 
 
 # ---- the shell under test -------------------------------------------------
@@ -781,7 +791,7 @@ def test_strange_text(session):
     session.ok("-k a -o x x = 1")
 
 
-@pytest.mark.newest  # fifty kernels of Python 3.8 take a minute to start
+@newest  # fifty kernels of Python 3.8 take a minute to start
 def test_starts_and_stops_leak_nothing(session):
     import threading
 
@@ -804,7 +814,7 @@ def test_connection_files_are_private(session):
     assert os.path.dirname(name) == jupyter_runtime_dir()
 
 
-@pytest.mark.newest  # jupyter_client has no encryption on the floor
+@newest  # jupyter_client has no encryption on the floor
 def test_strangers_hear_nothing(session):
     client = session.magics.kernels["a"].client
     assert client.curve_publickey
@@ -1077,10 +1087,11 @@ def test_notebook_end():
                  "get_ipython().kernel.do_shutdown = None")
     notebook.client.execute("%%remote_exec -k k4\nimport time\nprint('on')\nwhile True:\n"
                             "  try: time.sleep(60)\n  except KeyboardInterrupt: print('no')")
-    for word in ("on\n", "no\n", ""):  # the second Ctrl-C gives the prompt back
-        while word and notebook.client.get_iopub_msg(timeout=30)["content"].get("text") != word:
-            pass
-        notebook.manager.interrupt_kernel() if word else None
+    shown = ""
+    for word in ("on\n", "no\n"):  # the second Ctrl-C gives the prompt back
+        while word not in shown:
+            shown += notebook.client.get_iopub_msg(timeout=30)["content"].get("text", "")
+        notebook.manager.interrupt_kernel()
     assert "k4 still busy" in notebook.client.get_shell_msg(timeout=30)["content"]["evalue"]
     begin = time.monotonic()
     notebook.close()
@@ -1217,7 +1228,7 @@ def far_specs(tmp_path, monkeypatch):
 
 
 @over_ssh
-@pytest.mark.newest  # sshpyk needs a newer jupyter_client than the floor
+@newest  # sshpyk needs a newer jupyter_client than the floor
 def test_far_kernel(session, far_specs):
     far_pid = None
     try:
@@ -1242,7 +1253,7 @@ def test_far_kernel(session, far_specs):
 
 
 @over_ssh
-@pytest.mark.newest
+@newest
 def test_far_kernel_through_remote_ikernel(session, far_specs):
     try:
         session.ok("-k near=python3,far=rik:/usr -o where where = os.getcwd()")
@@ -1257,7 +1268,7 @@ def test_far_kernel_through_remote_ikernel(session, far_specs):
 
 
 @over_ssh
-@pytest.mark.newest  # sshpyk needs a newer jupyter_client than the floor
+@newest  # sshpyk needs a newer jupyter_client than the floor
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "127.0.0.77"])  # unknown, refused
 def test_far_kernel_that_cannot_start(session, tmp_path, monkeypatch, host):
     install_spec(tmp_path, monkeypatch, "nowhere", [], metadata={"kernel_provisioner": {
@@ -1271,7 +1282,7 @@ def test_far_kernel_that_cannot_start(session, tmp_path, monkeypatch, host):
 
 
 @over_ssh
-@pytest.mark.newest
+@newest
 @pytest.mark.skipif(not SSH_LINK, reason="no link to cut: REMOTE_EXEC_SSH_LINK")
 def test_network_outage(session, far_specs):
     """Twenty seconds without a network: -t and Ctrl-C work, and a result arrives."""
@@ -1297,7 +1308,7 @@ def test_network_outage(session, far_specs):
 
 
 @over_ssh
-@pytest.mark.newest
+@newest
 def test_end_over_ssh(far_specs):
     done = ipython("-c", "\n".join([
         "%load_ext remote_exec",
@@ -1312,7 +1323,7 @@ def test_end_over_ssh(far_specs):
 
 
 @over_ssh
-@pytest.mark.newest  # sshpyk needs a newer jupyter_client than the floor
+@newest  # sshpyk needs a newer jupyter_client than the floor
 def test_killed_tunnel(session, far_specs):
     session.ok("-k far=sshpyk-far -o pid pid = os.getpid()")
     killer = subprocess.Popen(["sh", "-c", f"sleep 1; ssh -O exit {SSH_HOST}"],
@@ -1357,7 +1368,7 @@ def installs(request, tmp_path_factory):
         pip.wait()
 
 
-@pytest.mark.newest
+@newest
 @pytest.mark.parametrize("version", OLD)
 def test_old_pythons(session, tmp_path, monkeypatch, version, installs):
     if version not in installs:
@@ -1389,7 +1400,7 @@ def test_documents_agree():
         assert f"--{option}" in readme and f"--{option}" in rx.RemoteExecMagics.remote_exec.__doc__
 
 
-@pytest.mark.newest  # tracebacks and numbers looked different
+@newest  # tracebacks and numbers looked different
 def test_readme_shows_what_happens(tmp_path):
     """Each Python block is run as a cell; what stands below it is what it shows,
     lines of several kernels in any order."""
@@ -1461,7 +1472,7 @@ def engine(*arguments):
 BIG = "import numpy as np; x = np.random.default_rng(0).random(100_000_000 // 8)"
 
 
-@pytest.mark.bench
+@bench
 @pytest.mark.parametrize("encrypted", [False, True])
 def test_bench_ipyparallel(session, plain, encrypted):
     session.ok(f"-k n={'python3' if encrypted else 'plain'} {BIG}")
@@ -1524,7 +1535,7 @@ def raw_socket():
     return seconds
 
 
-@pytest.mark.bench
+@bench
 def test_bench_round_trip(session):
     manager, client = start_new_kernel(kernel_name="python3")
     seconds, ratio = side_by_side(
@@ -1542,7 +1553,7 @@ def test_bench_round_trip(session):
 
 
 @over_ssh
-@pytest.mark.bench
+@bench
 def test_bench_ssh(session, far_specs, tmp_path):
     session.ok("-k far=sshpyk-far import numpy as np; "
                "x = np.frombuffer(os.urandom(200_000_000), 'u1').copy()")
