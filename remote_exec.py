@@ -705,13 +705,21 @@ class Request:
     def hear(self, channel, message):
         """Take in a message. A malformed one is a failure, never an exception."""
         try:
-            getattr(self, "hear_" + channel)(
-                message["msg_type"], message["content"], message["parent_header"] or {}, message)
+            kind, content = message["msg_type"], message["content"]
+            parent = message["parent_header"] or {}
+            if channel == "shell":
+                self.hear_shell(content, parent.get("msg_id"))
+            elif channel == "iopub":
+                self.hear_iopub(kind, content, parent, message["buffers"])
+            elif kind == "interrupt_reply":
+                self.interrupt_answered = True
+            elif kind == "input_request" and parent.get("msg_id") == self.msg_id:
+                self.question = str(content["prompt"]), bool(content.get("password"))
         except Exception as error:
             self.fail("ProtocolError", f"{channel} message: {type(error).__name__}: {error}")
 
-    def hear_shell(self, kind, content, parent, message):
-        msg_id = parent.get("msg_id")
+    def hear_shell(self, content, msg_id):
+        """A reply: to the request, or to a probe that was sent after it."""
         if msg_id and msg_id == self.msg_id and self.reply is None:
             self.reply = {}
             expressions = dict(content.get("user_expressions") or {})
@@ -731,14 +739,8 @@ class Request:
             self.fail("LostReplyError", "the connection broke, and the reply was lost with it; the "
                       "kernel has its state and is free (-o without code fetches variables)")
 
-    def hear_control(self, kind, content, parent, message):
-        self.interrupt_answered = self.interrupt_answered or kind == "interrupt_reply"
-
-    def hear_stdin(self, kind, content, parent, message):
-        if kind == "input_request" and parent.get("msg_id") == self.msg_id:
-            self.question = str(content["prompt"]), bool(content.get("password"))
-
-    def hear_iopub(self, kind, content, parent, message):
+    def hear_iopub(self, kind, content, parent, buffers):
+        """An output, a status, or our comm message; that of others is not shown."""
         msg_id, name = parent.get("msg_id"), self.kernel.name
         ours = msg_id is not None and msg_id == self.msg_id
         if kind == "status":
@@ -747,7 +749,7 @@ class Request:
                 self.idle = True
         elif kind == "comm_msg":
             if ours and self.outputs is None and "remote_exec" in dict(content["data"] or {}):
-                self.outputs = content["data"], list(message["buffers"])
+                self.outputs = content["data"], list(buffers)
         elif parent.get("session") == self.kernel.client.session.session:
             if ours:
                 self.show_errors()

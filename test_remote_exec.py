@@ -926,6 +926,7 @@ class Notebook:
 @pytest.fixture(scope="module")
 def notebook():
     notebook = Notebook()
+    notebook.run("%remote_exec -k k1=python3,k2=python3 1")
     yield notebook
     notebook.close()
 
