@@ -263,7 +263,7 @@ SHORT, LONG = "k:o:i:p:t:sl", [
 def parse_line(line):
     """(options, code) of a magic's line; the code verbatim.
 
-    `options` maps the short letter to its argument; one given twice adds up.
+    `options` maps the short letter to its argument; lists given twice add up.
     """
     words = line.split()
     try:
@@ -273,7 +273,8 @@ def parse_line(line):
     options = {}
     for option, value in pairs:
         letter = option.lstrip("-")[0]
-        options[letter] = options[letter] + "," + value if options.get(letter) else value
+        adds_up = letter in "koip" and letter in options
+        options[letter] = options[letter] + "," + value if adds_up else value
     return options, line.split(None, len(words) - len(rest))[-1] if rest else ""
 
 
@@ -300,7 +301,7 @@ def parse_targets(entries):
             raise UsageError(f"-k: no kernelspec after {head!r}")
         if name in targets:
             raise UsageError(f"-k: {name} stands there twice; give the second "
-                             f"another name, like {name}2={spec or name}")
+                             f"another name, like {name}2={spec or 'SPEC'}")
         targets[name] = name, spec, directory
     return list(targets.values())
 
@@ -330,7 +331,8 @@ def match_spec(wanted, specs):
     if found:
         raise UsageError(f"kernelspec {wanted!r} may be any of: {', '.join(found)}")
     closest = difflib.get_close_matches(wanted.lower(), sorted(specs), len(specs) + 1, cutoff=0)
-    raise UsageError(f"no kernelspec matches {wanted!r}; there are: {', '.join(closest)}")
+    raise UsageError(f"no kernelspec matches {wanted!r}; NAME=SPEC takes one of: "
+                     f"{', '.join(closest)}")
 
 
 def substitute(code, name, values):
@@ -699,8 +701,9 @@ class Request:
         """There is no kernel any more that could answer."""
         if not self.done:
             self.died, self.reply, self.idle = how, {}, True
-            self.failure = Failure("DeadKernelError", (
-                f"the kernel died ({how}); the next cell that names it starts it anew"))
+            self.failure = Failure("DeadKernelError", f"the kernel died ({how}); " + (
+                "it was not started here" if self.kernel.attached else
+                "the next cell that names it starts it anew"))
 
     def hear(self, channel, message):
         """Take in a message. A malformed one is a failure, never an exception."""
@@ -966,13 +969,13 @@ class RemoteExecMagics(Magics):
             or with _ for anything; without SPEC, the last one that NAME had, or
             NAME itself. SPEC ending in .json is the connection file of a running
             kernel, which is used and never shut down. DIRECTORY is the working
-            directory there, from now on. `-k {names}` takes the targets from a
-            variable: a string, or a list of strings with any characters.
+            directory there, until it restarts. `-k {names}` takes the targets from
+            a variable: a string, or a list of strings, which may have blanks.
         -o, --output NAMES
             Variables to bring back, as NAME.variable.
         -i, --input NAMES
-            Local variables put into the code wherever {variable} stands; one
-            that is a dict is looked up by kernel NAME.
+            Local variables put into the code wherever {variable} stands, as str()
+            writes them; a dict is looked up by kernel NAME.
         -p, --push NAMES
             Local variables sent as objects, before the code runs.
         -s, --shutdown
@@ -995,7 +998,7 @@ class RemoteExecMagics(Magics):
 
             In [2]: filenames = {'kernel1': 'a.txt', 'kernel2': 'b.txt'}
 
-            In [3]: %%remote_exec -k kernel1:/data/run7,kernel2:/scratch -i filenames -o x,y
+            In [3]: %%remote_exec -k kernel1=py3:/data/run7,kernel2=far:/scratch -i filenames -o x,y
                ...: import numpy as np
                ...: x, y = np.loadtxt("{filenames}").T
 
@@ -1023,6 +1026,8 @@ class RemoteExecMagics(Magics):
         options, code = parse_line(line)
         code = "\n".join(part for part in (code, cell) if part)
         if "l" in options:
+            if code.strip():
+                raise UsageError("-l runs no code")
             print(self.listing())
             return
         outputs, inputs, pushes = (
@@ -1083,7 +1088,7 @@ class RemoteExecMagics(Magics):
         """The full kernelspec name, or connection file, that a target means.
         UsageError if NAME runs another, or means something else to the user."""
         name, spec, _ = target
-        running, namespace = self.kernels.get(name), self.namespace(name)
+        running, namespace = self.kernels.get(name), self.namespace(name, spec)
         wanted = spec or getattr(namespace, SPEC)
         if running and (not spec or wanted == running.spec):
             return running.spec
@@ -1103,14 +1108,14 @@ class RemoteExecMagics(Magics):
     def find_specs(self):
         return sorted(KernelSpecManager(config=self.shell.config).find_kernel_specs())
 
-    def namespace(self, name):
+    def namespace(self, name, spec=""):
         """What NAME stands for, or will: the same object as ever. UsageError if it
         means something else to the user."""
         ours = self.namespaces.get(name) or KernelNamespace(name)
         value = self.shell.user_ns.get(name, getattr(builtins, name, ours))
         if getattr(value, NAME, None) != name:
             raise UsageError(f"{name} is already something else here ({type(value).__name__}); "
-                             f"choose another name, like my_{name}={name}")
+                             f"choose another name, like my_{name}={spec or getattr(ours, SPEC)}")
         return value
 
     # what happens to kernels
@@ -1133,13 +1138,15 @@ class RemoteExecMagics(Magics):
         failures, dead = {}, {}
         for request in requests:
             kernel, failure, name = request.kernel, request.failure, request.kernel.name
-            if kernel in kernels and request.died:
+            if kernel in kernels and request.died and not kernel.attached:
                 call.screen.write(
                     sys.stderr, f"{name} had died ({request.died}) and is started anew\n")
                 self.stop(kernel)
                 dead[name] = kernel.spec
             elif kernel in kernels and failure:
                 failures[name] = failure
+                if request.died:
+                    self.stop(kernel)
             elif failure:
                 failures[name] = failure._replace(evalue=": ".join(filter(None, (
                     "could not start", request.died or failure.evalue, kernel.last_words()))))
@@ -1231,12 +1238,13 @@ class RemoteExecMagics(Magics):
             if request.died:
                 self.stop(request.kernel)
         if call.interrupts:
+            busy = [r.kernel.name for r in requests if r.kernel.busy]
             stopped = [n for n, f in failures.items() if f.ename == "KeyboardInterrupt"]
             others = {n: f for n, f in failures.items() if n not in stopped}
             if others:
                 error = RemoteError(others, call.screen.labelled)
                 call.screen.write(sys.stderr, "\n".join(error._render_traceback_()) + "\n")
-            busy = [r.kernel.name for r in requests if r.kernel.busy]
+            stopped = [name for name in stopped if name not in busy]
             raise KeyboardInterrupt(
                 f"{', '.join(stopped) or 'no kernel'} stopped" + (
                     f"; {', '.join(busy)} still busy, -s replaces" if busy else ""))

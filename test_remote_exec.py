@@ -362,12 +362,13 @@ def test_code_is_verbatim(session):
 
 
 @pytest.mark.parametrize("line, culprit", [
-    ("", "-k"), ("x = 1", "-k"), ("-k ,", "''"), ("-k 9a", "'9a'"), ("-k a,a", "a2=a"),
+    ("", "-k"), ("x = 1", "-k"), ("-k ,", "''"), ("-k 9a", "'9a'"), ("-k a,a", "a2=SPEC"),
     ("-k a -o 9x", "'9x'"), ("-k a -o a.b", "'a.b'"), ("-k a -q", "-q"), ("-k a --nope", "nope"),
     ("-k a -i missing_one x", "missing_one"), ("-k a,b -i partial x", "'b'"),
     ("-k a -p missing_one", "missing_one"), ("-k nosuch=nosuch", "nosuch"),
     ("-k print", "print"), ("-k partial=python3", "partial"),
     ("-k a -t 0 1", "'0'"), ("-k a -t nan 1", "'nan'"), ("-k a -s -o x", "-s"),
+    ("-l print(1)", "-l"),
     ("-k {missing_one} 1", "missing_one"), ("-k a=/no/such.json", "/no/such.json"),
     ("-k class", "class"), ("-k a, -o x", "''"), ("-k a -p lock 1", "lock"),
 ])
@@ -629,6 +630,7 @@ def test_second_interrupt_and_replacement(session):
     stubborn = "import time\nwhile True:\n  try: time.sleep(60)\n  except KeyboardInterrupt: pass"
     took = interrupting(session, "-k a", stubborn, 1, 2)
     assert isinstance(session.error, KeyboardInterrupt) and took < 8
+    assert str(session.error) == "no kernel stopped; a still busy, -s replaces"
     assert "-s" in session.misused("-k a 1")
     session.ok("-k a -s -o x x = 1")
     assert session.ns["a"].x == 1
@@ -866,6 +868,11 @@ def test_attached_kernel(session):
         assert session.ns["far"].x == session.ns["again"].x == 11
         session.ok("-k far,again -s")
         assert manager.is_alive()
+        session.ok("-k far 1")
+        manager.shutdown_kernel(now=True)
+        assert session.magics.kernels["far"].sockets["closed"].poll(5000)
+        assert "not started here" in session.fails("-k far 1")["far"].evalue
+        assert "far" not in session.magics.kernels
         session.ok("-k a -o x")
     finally:
         client.stop_channels()
