@@ -19,6 +19,7 @@ import asyncio
 import atexit
 import builtins
 import concurrent.futures
+import contextlib
 import difflib
 import getopt
 import getpass
@@ -37,6 +38,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import uuid
 from typing import NamedTuple
 
@@ -212,14 +214,17 @@ def prepare(directory, pushed, there):
         shell.user_ns.update(unpack(parent["buffers"], there))
 
 
-def send(names, protocol):
+def send(names, protocol, copy):
     """Publish the variables `names` as buffers of one comm message. Those that
-    can't go are named, with the reason, in the message's data."""
+    can't go are named, with the reason, in the message's data. A `copy` is for
+    kernels whose other clients may change them before ZMQ has sent them."""
     namespace = get_ipython().user_ns
     parts, failures = pack_each(
         {str(name): namespace[name] for name in names if name in namespace}, protocol)
     failures += [["NameError", "name '%s' is not defined" % name]
                  for name in names if name not in namespace]
+    if copy:
+        parts = [bytes(part) for part in parts]
     try:
         from comm import create_comm
     except ImportError:  # before ipykernel 6
@@ -280,7 +285,8 @@ def parse_line(line):
 
 def parse_names(option, text):
     """The variable names of an option's comma-separated argument."""
-    names = text.split(",")
+    # Python's names are in this form (Language Reference, 2.3); `{name}` stands as written
+    names = (text if option == "i" else unicodedata.normalize("NFKC", text)).split(",")
     for name in names:
         if not name.isidentifier() or keyword.iskeyword(name):
             raise UsageError(f"-{option}: {name!r} is not a variable's name; "
@@ -293,7 +299,7 @@ def parse_targets(entries):
     targets = {}
     for entry in entries:
         head, _, directory = entry.partition(":")
-        name, equals, spec = head.partition("=")
+        name, equals, spec = unicodedata.normalize("NFKC", head).partition("=")
         if not name.isidentifier() or keyword.iskeyword(name):
             raise UsageError(f"-k: {name!r} is not a variable's name; "
                              "write NAME[=SPEC][:DIRECTORY],... without blanks")
@@ -412,20 +418,23 @@ class Kernel:
         return self.client.session.send(
             self.sockets[channel], kind, content, buffers=buffers)["header"]["msg_id"]
 
+    def sending(self, names):
+        """Expression that has the variables `names` sent."""
+        return remote_call(send, names, self.protocol, self.attached)
+
     def submit(self, request):
         """Send a request; the messages are for it from now on. It fails at once
-        where the kernel could not be launched."""
+        where the kernel could not be launched, or the request can't be encoded."""
         self.request = request
         request.heard = request.pinged = time.monotonic()
         try:
             self.launched.result()
             if not self.sockets:
                 self.connect()
+            request.msg_id = self.send("shell", request.kind, request.content, request.buffers)
+            request.buffers = None
         except Exception as error:
             request.give_up(type(error).__name__, str(error))
-            return
-        request.msg_id = self.send("shell", request.kind, request.content, request.buffers)
-        request.buffers = None
 
     def listen(self, channel):
         """Take in what a socket has, up to 100 messages. What isn't signed with
@@ -496,7 +505,7 @@ class Kernel:
     @property
     def busy(self):
         """Whether it may still run a request that was given up."""
-        return self.request is not None and not self.request.done
+        return self.request.msg_id is not None and not self.request.done
 
     @property
     def exited(self):
@@ -791,7 +800,7 @@ class Call:
 
     def __init__(self, shell, labelled):
         self.screen = Screen(shell, labelled)
-        self.interrupts, self.asking = 0, False
+        self.interrupts, self.local = 0, False
 
     def __enter__(self):
         try:
@@ -806,8 +815,17 @@ class Call:
 
     def on_interrupt(self, signum, frame):
         self.interrupts += 1
-        if self.interrupts > 1 or self.asking:
+        if self.interrupts > 1 or self.local:
             raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """What is done here, and not over there, a Ctrl-C ends at once."""
+        self.local = True
+        try:
+            yield
+        finally:
+            self.local = False
 
     def run(self, requests, timeout=None, verb="waiting for"):
         """Send all `requests`, each once its kernel is launched, and return when
@@ -892,17 +910,15 @@ class Call:
         name = request.kernel.name
         self.screen.finish(name)
         self.screen.file.flush()
-        self.asking = True
         try:
-            value = (getpass.getpass if password else builtins.input)(
-                f"[{name}] {prompt}" if self.screen.labelled else prompt)
+            with self.at_once():
+                value = (getpass.getpass if password else builtins.input)(
+                    f"[{name}] {prompt}" if self.screen.labelled else prompt)
         except EOFError:
             value = "\x04"
         except KeyboardInterrupt:
             self.interrupts = max(1, self.interrupts)
             return
-        finally:
-            self.asking = False
         request.kernel.send("stdin", "input_reply", {"value": value})
 
 
@@ -1047,9 +1063,15 @@ class RemoteExecMagics(Magics):
             if "s" in options:
                 ends = {name: self.stop(self.kernels[name], grace=2.5)
                         for name in codes if name in self.kernels}
-                concurrent.futures.wait(ends.values())
-                lost = {name: Failure("ShutdownError", f"may still run: {end.exception()!r}")
-                        for name, end in ends.items() if end.exception()}
+                begin = time.monotonic()
+                while concurrent.futures.wait(ends.values(), timeout=0.1).not_done and not (
+                        call.interrupts or time.monotonic() - begin > 15):
+                    pass
+                lost = {name: Failure("ShutdownError", "may still run: " + (
+                    repr(end.exception()) if end.done() else "it does not answer"))
+                    for name, end in ends.items() if not end.done() or end.exception()}
+                if call.interrupts:
+                    raise KeyboardInterrupt(f"{', '.join(lost) or 'nothing'} not waited for")
                 if lost:
                     raise RemoteError(lost, call.screen.labelled)
             if only_stop:
@@ -1079,6 +1101,7 @@ class RemoteExecMagics(Magics):
 
     def local(self, name, option, local_ns):
         """The value of a local variable: the caller's, else the user's."""
+        name = unicodedata.normalize("NFKC", name)
         for namespace in (local_ns, self.shell.user_ns):
             if name in namespace:
                 return namespace[name]
@@ -1113,7 +1136,7 @@ class RemoteExecMagics(Magics):
         means something else to the user."""
         ours = self.namespaces.get(name) or KernelNamespace(name)
         value = self.shell.user_ns.get(name, getattr(builtins, name, ours))
-        if getattr(value, NAME, None) != name:
+        if type(value).__name__ != "KernelNamespace" or getattr(value, NAME) != name:
             raise UsageError(f"{name} is already something else here ({type(value).__name__}); "
                              f"choose another name, like my_{name}={spec or getattr(ours, SPEC)}")
         return value
@@ -1130,42 +1153,50 @@ class RemoteExecMagics(Magics):
             if kernel.busy and not (kernel.broken or kernel.exited):
                 raise UsageError(f"{kernel.name} is still busy with an earlier cell; wait for it, "
                                  "or replace the kernel with -s")
-        requests = [Request(kernel, call.screen, "kernel_info_request") for kernel in (
-            self.kernels.get(name) or Kernel(name, spec, self.context, self.shell.config)
-            for name, spec in specs.items())
-            if kernel not in kernels or kernel.broken or kernel.exited]
-        call.run(requests, self.startup_timeout, verb="starting")
+        new = [Kernel(name, spec, self.context, self.shell.config)
+               for name, spec in specs.items() if name not in self.kernels]
         failures, dead = {}, {}
-        for request in requests:
-            kernel, failure, name = request.kernel, request.failure, request.kernel.name
-            if kernel in kernels and request.died and not kernel.attached:
-                call.screen.write(
-                    sys.stderr, f"{name} had died ({request.died}) and is started anew\n")
-                self.stop(kernel)
-                dead[name] = kernel.spec
-            elif kernel in kernels and failure:
-                failures[name] = failure
-                if request.died:
+        try:
+            requests = [Request(kernel, call.screen, "kernel_info_request")
+                        for kernel in kernels + new
+                        if kernel in new or kernel.broken or kernel.exited]
+            call.run(requests, self.startup_timeout, verb="starting")
+            for request in requests:
+                kernel, failure, name = request.kernel, request.failure, request.kernel.name
+                if not failure:
+                    self.adopt(kernel, dict(request.reply.get("language_info") or {}))
+                elif kernel in new:
+                    failures[name] = failure._replace(evalue=": ".join(filter(None, (
+                        "could not start", request.died or failure.evalue, kernel.last_words()))))
+                elif request.died and not kernel.attached:
+                    call.screen.write(
+                        sys.stderr, f"{name} had died ({request.died}) and is started anew\n")
+                    dead[name] = kernel.spec
+                else:
+                    failures[name] = failure
+                if request.died and kernel in kernels:
                     self.stop(kernel)
-            elif failure:
-                failures[name] = failure._replace(evalue=": ".join(filter(None, (
-                    "could not start", request.died or failure.evalue, kernel.last_words()))))
-                self.stop(kernel)
-            else:
-                language = dict(request.reply.get("language_info") or {})
-                kernel.language = str(language.get("name"))
-                if kernel.language == "python":
-                    version = tuple(map(int, re.findall(r"\d+", language["version"])[:2]))
-                    kernel.protocol = 5 if version >= (3, 8) else 4 if version >= (3, 4) else 2
-                self.kernels[name] = kernel
-                self.namespaces[name] = self.namespace(name)
-                setattr(self.namespaces[name], SPEC, kernel.spec)
+        finally:
+            for kernel in new:
+                if self.kernels.get(kernel.name) is not kernel:
+                    self.stop(kernel)
         if call.interrupts:
             raise KeyboardInterrupt(f"{', '.join(failures) or 'kernels'} not started")
         if failures:
-            raise RemoteError(failures, call.screen.labelled)
+            raise RemoteError({name: failures[name] for name in specs if name in failures},
+                              call.screen.labelled)
         if dead:
             self.start(dead, call)
+
+    def adopt(self, kernel, language):
+        """Keep a kernel that has answered; `language` is its language_info."""
+        kernel.language = str(language.get("name"))
+        if kernel.language == "python":
+            version = tuple(map(int, re.findall(r"\d+", str(language.get("version")))[:2]))
+            kernel.protocol = 5 if version >= (3, 8) else 4 if version >= (3, 4) else 2
+        self.kernels[kernel.name] = kernel
+        self.namespaces[kernel.name] = self.namespace(kernel.name)
+        setattr(self.namespaces[kernel.name], SPEC, kernel.spec)
 
     def prepare(self, targets, push, outputs, timeout, call):
         """Set new kernels up, change directories, push variables; RemoteError
@@ -1177,7 +1208,8 @@ class RemoteExecMagics(Magics):
                 raise UsageError(f"{name} runs {kernel.language}: -o, -p and :DIRECTORY need a "
                                  "Python kernel")
             if push and kernel.protocol not in packed:
-                packed[kernel.protocol], failures = pack_each(push, kernel.protocol)
+                with call.at_once():
+                    packed[kernel.protocol], failures = pack_each(push, kernel.protocol)
                 if failures:
                     raise UsageError(f"-p: can't pickle {failures[0][1]}")
             if kernel.protocol and (directory or push or not kernel.ready):
@@ -1185,7 +1217,7 @@ class RemoteExecMagics(Magics):
                     kernel, call.screen, code="" if kernel.ready else setup_code(),
                     expression=remote_call(prepare, directory, bool(push), versions()),
                     buffers=packed.get(kernel.protocol)))
-        call.run(requests, timeout)
+        call.run(requests, timeout and max(timeout, self.startup_timeout))
         for request in requests:
             request.kernel.ready = request.kernel.ready or request.failure is None
         self.judge(requests, call)
@@ -1195,7 +1227,7 @@ class RemoteExecMagics(Magics):
         frontend = getattr(self.shell, "kernel", None)
         requests = [Request(
             self.kernels[name], call.screen, code=code, silent=not code.strip(),
-            expression=remote_call(send, outputs, self.kernels[name].protocol) if outputs else "",
+            expression=self.kernels[name].sending(outputs) if outputs else "",
             allow_stdin=getattr(frontend, "_allow_stdin", True)) for name, code in codes.items()]
         call.run(requests, timeout)
         for request in requests:
@@ -1215,18 +1247,22 @@ class RemoteExecMagics(Magics):
                             "with it; -o without code fetches them")]
         try:
             (data, buffers), request.outputs = request.outputs, None
-            values = unpack(buffers, data.get("versions"))
+            with call.at_once():
+                values = unpack(buffers, data.get("versions"))
             vars(self.namespaces[kernel.name]).update(
                 {name: values[name] for name in names if name in values})
             return [Failure(str(ename), str(evalue)) for ename, evalue in data["remote_exec"]]
-        except Exception as error:
-            if len(names) == 1:
-                return [Failure(type(error).__name__, f"{names[0]} can't be loaded here: {error}")]
+        except BaseException as error:  # unpickling may run anything
+            if len(names) == 1 or call.interrupts:
+                return [Failure(type(error).__name__,
+                                f"{', '.join(names)} can't be loaded here: {error}")]
         problems = []
         for name in names:
-            again = Request(kernel, call.screen, expression=remote_call(
-                send, [name], kernel.protocol))
+            if call.interrupts or request.died:
+                break
+            again = Request(kernel, call.screen, expression=kernel.sending([name]))
             call.run([again], timeout)
+            request.died = again.died
             problems += [again.failure] if again.failure else self.load(
                 again, [name], timeout, call)
         return problems
