@@ -1061,19 +1061,7 @@ class RemoteExecMagics(Magics):
 
         with Call(self.shell, len(targets) > 1) as call:
             if "s" in options:
-                ends = {name: self.stop(self.kernels[name], grace=2.5)
-                        for name in codes if name in self.kernels}
-                begin = time.monotonic()
-                while concurrent.futures.wait(ends.values(), timeout=0.1).not_done and not (
-                        call.interrupts or time.monotonic() - begin > 15):
-                    pass
-                lost = {name: Failure("ShutdownError", "may still run: " + (
-                    repr(end.exception()) if end.done() else "it does not answer"))
-                    for name, end in ends.items() if not end.done() or end.exception()}
-                if call.interrupts:
-                    raise KeyboardInterrupt(f"{', '.join(lost) or 'nothing'} not waited for")
-                if lost:
-                    raise RemoteError(lost, call.screen.labelled)
+                self.shut_down([name for name in codes if name in self.kernels], call)
             if only_stop:
                 return
             self.start(specs, call)
@@ -1142,6 +1130,21 @@ class RemoteExecMagics(Magics):
         return value
 
     # what happens to kernels
+
+    def shut_down(self, names, call):
+        """Shut the kernels down, all at once, and wait for it, but 15 s at most."""
+        ends = {name: self.stop(self.kernels[name], grace=2.5) for name in names}
+        begin = time.monotonic()
+        while concurrent.futures.wait(ends.values(), timeout=0.1).not_done and not (
+                call.interrupts or time.monotonic() - begin > 15):
+            pass
+        lost = {name: Failure("ShutdownError", "may still run: " + (
+            repr(end.exception()) if end.done() else "it does not answer"))
+            for name, end in ends.items() if not end.done() or end.exception()}
+        if call.interrupts:
+            raise KeyboardInterrupt(f"{', '.join(lost) or 'nothing'} not waited for")
+        if lost:
+            raise RemoteError(lost, call.screen.labelled)
 
     def start(self, specs, call):
         """Have the kernels that `specs` gives by NAME at work, all at once: show what
