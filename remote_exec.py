@@ -508,10 +508,14 @@ class Kernel:
         return self.request.msg_id is not None and not self.request.done
 
     @property
+    def process(self):
+        """The local process, where the kernel's provisioner has one."""
+        return getattr(getattr(self.manager, "provisioner", None), "process", None)
+
+    @property
     def exited(self):
-        """Whether its local process has ended, where its provisioner has one."""
-        process = getattr(getattr(self.manager, "provisioner", None), "process", None)
-        return process is not None and process.poll() is not None
+        """Whether its local process has ended."""
+        return self.process is not None and self.process.poll() is not None
 
     async def ended(self):
         """How the kernel ended, or None while it runs. May take long."""
@@ -523,7 +527,7 @@ class Kernel:
             except OSError:
                 pass
             return None
-        process = getattr(self.manager.provisioner, "process", None)
+        process = self.process  # the provisioner may forget it once it has ended
         if await self.manager.is_alive():
             return None
         code = getattr(process, "returncode", None)
@@ -870,8 +874,9 @@ class Call:
                     self.tell(waiting, len(requests), now, now - begin, verb)
         except KeyboardInterrupt:
             for request in waiting:
-                request.give_up("KeyboardInterrupt", "left busy; -s replaces the kernel")
-                request.conclude(time.monotonic() - begin, timeout)
+                if request.took is None:  # those that were done by then, stay
+                    request.give_up("KeyboardInterrupt", "left busy; -s replaces the kernel")
+                    request.conclude(time.monotonic() - begin, timeout)
         self.screen.status("; ".join(f"{r.kernel.name} {r.took:.1f} s" for r in requests),
                            last=True)
         self.screen.file.flush()
@@ -1057,7 +1062,7 @@ class RemoteExecMagics(Magics):
         codes = {name: substitute(code, name, values) for name, _, _ in targets}
         only_stop = "s" in options and not code.strip()
         specs = {} if only_stop else {
-            target[0]: self.spec(target, "s" in options) for target in targets}
+            name: self.spec(name, spec, "s" in options) for name, spec, _ in targets}
 
         with Call(self.shell, len(targets) > 1) as call:
             if "s" in options:
@@ -1095,10 +1100,9 @@ class RemoteExecMagics(Magics):
                 return namespace[name]
         raise UsageError(f"-{option}: there is no local variable {name!r}")
 
-    def spec(self, target, replace):
-        """The full kernelspec name, or connection file, that a target means.
+    def spec(self, name, spec, replace):
+        """The full kernelspec name, or connection file, that NAME=SPEC means.
         UsageError if NAME runs another, or means something else to the user."""
-        name, spec, _ = target
         running, namespace = self.kernels.get(name), self.namespace(name, spec)
         wanted = spec or getattr(namespace, SPEC)
         if running and (not spec or wanted == running.spec):
@@ -1278,12 +1282,12 @@ class RemoteExecMagics(Magics):
                 self.stop(request.kernel)
         if call.interrupts:
             busy = [r.kernel.name for r in requests if r.kernel.busy]
-            stopped = [n for n, f in failures.items() if f.ename == "KeyboardInterrupt"]
-            others = {n: f for n, f in failures.items() if n not in stopped}
+            stopped = [n for n, f in failures.items()
+                       if f.ename == "KeyboardInterrupt" and n not in busy]
+            others = {n: f for n, f in failures.items() if f.ename != "KeyboardInterrupt"}
             if others:
                 error = RemoteError(others, call.screen.labelled)
                 call.screen.write(sys.stderr, "\n".join(error._render_traceback_()) + "\n")
-            stopped = [name for name in stopped if name not in busy]
             raise KeyboardInterrupt(
                 f"{', '.join(stopped) or 'no kernel'} stopped" + (
                     f"; {', '.join(busy)} still busy, -s replaces" if busy else ""))
@@ -1299,14 +1303,13 @@ class RemoteExecMagics(Magics):
 
     def close(self):
         """Shut everything down, within two seconds: the end of the session."""
-        kernels = list(self.kernels.values())
-        if os.getpid() == self.pid:
-            for kernel in kernels:
+        for kernel in list(self.kernels.values()):
+            if os.getpid() == self.pid:
                 self.stop(kernel, grace=1)
-            concurrent.futures.wait(self.ending, timeout=2)
-        for kernel in kernels:  # a forked child's are its parent's
-            if kernel.manager and os.getpid() != self.pid:
+            elif kernel.manager:  # a forked child: the file is its parent's
                 kernel.manager.connection_file = ""
+        if os.getpid() == self.pid:
+            concurrent.futures.wait(self.ending, timeout=2)
 
     # what helps the user
 

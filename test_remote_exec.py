@@ -677,6 +677,27 @@ def test_interrupt_while_outputs_travel(session, monkeypatch):
     assert session.ns["a"].small == session.ns["b"].small == 1
 
 
+def test_two_interrupts_when_one_kernel_is_done(session, monkeypatch):
+    """What the finished kernel returned, stays, though both come at that moment."""
+    session.ns["nap"] = {"a": 0, "b": 60}
+    vars(session.ns["a"]).pop("done", None)
+    conclude, pressed = rx.Request.conclude, []
+
+    def press(request, *rest):
+        conclude(request, *rest)
+        if request.outputs and not pressed:
+            for _ in range(2):
+                pressed.append(request.kernel.name)
+                os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(rx.Request, "conclude", press)
+    session.run("-k a,b -i nap -o done import time; time.sleep({nap}); done = 7")
+    monkeypatch.undo()
+    assert pressed == ["a", "a"] and str(session.error) == (
+        "no kernel stopped; b still busy, -s replaces")
+    assert session.ns["a"].done == 7
+    session.ok("-k b -s")
+
+
 def test_interrupt_while_loading_here(session):
     """Ctrl-C ends slow unpickling at once, and what is fetched one by one."""
     session.ok("-k a", "class Slow:\n"
