@@ -4,23 +4,18 @@ The data stays where it is; one cell computes on every kernel at once, and the
 numbers to plot come here as attributes of a variable named after the kernel::
 
     In [1]: %load_ext remote_exec
-
-    In [2]: %%remote_exec -k kernel1=python3,kernel2=python3 -o x
-       ...: import os
-       ...: x = os.getpid()
-
+    In [2]: %remote_exec -k kernel1=python3,kernel2=python3 -o x import os; x = os.getpid()
     In [3]: kernel1.x != kernel2.x
     Out[3]: True
 
-All that the far side needs is the Jupyter kernel that it has. ``%remote_exec?``
-shows everything.
+All that the far side needs is the Jupyter kernel that it has. ``%remote_exec?`` tells more.
 """
 import asyncio
 import atexit
 import builtins
 import concurrent.futures
 import contextlib
-import difflib
+import gc
 import getopt
 import getpass
 import inspect
@@ -31,40 +26,39 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
+import types
 import unicodedata
 import uuid
 from typing import NamedTuple
 
-import zmq
 import zmq.asyncio
 from IPython import get_ipython
 from IPython.core import page
 from IPython.core.error import UsageError
 from IPython.core.magic import (
     Magics, line_cell_magic, magics_class, needs_local_scope, no_var_expand)
-from jupyter_client import AsyncKernelManager, KernelClient
-from jupyter_client.connect import find_connection_file
+from jupyter_client import AsyncKernelManager, BlockingKernelClient, find_connection_file
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_core.paths import jupyter_runtime_dir
 from traitlets import Float
 from traitlets.config import Config
 
-__version__ = "2.0.0"
+__version__ = "3.0.0"
 __all__ = ["Failure", "RemoteError", "RemoteExecMagics"]
 
 
 # ---- errors ---------------------------------------------------------------
 
 class Failure(NamedTuple):
-    """What went wrong on one kernel, in the words of its error message
-    (Jupyter messaging protocol, "Execution errors")."""
+    """What went wrong on one kernel (Jupyter messaging protocol, "Execution errors")."""
     ename: str
     evalue: str
     traceback: list = []
@@ -74,10 +68,8 @@ class Failure(NamedTuple):
 
 
 class RemoteError(Exception):
-    """Everything that went wrong over there in one call.
-
-    ``failures`` maps kernel NAME to `Failure`, in the order of ``-k``.
-    """
+    """Everything that went wrong over there in one call: ``failures`` maps kernel NAME to
+    `Failure`, in the order of ``-k``."""
 
     def __init__(self, failures, labelled=False):
         super().__init__(failures, labelled)
@@ -90,147 +82,198 @@ class RemoteError(Exception):
         """Lines that IPython shows in place of this module's own frames."""
         shown = []
         for name, failure in self.failures.items():
-            text = "\n".join(failure.traceback)
-            if not text or failure.ename not in text:
-                text += ("\n" if text else "") + str(failure)
-            shown += [*(label(name, text) if self.labelled else text).split("\n"), ""]
-        return shown[:-1]
+            lines = failure.traceback
+            if not lines or failure.ename not in "\n".join(lines):
+                lines = [*lines, str(failure)]
+            shown.append(label(name, "\n".join(lines), self.labelled))
+        return "\n\n".join(shown).split("\n")
 
 
-def label(name, text):
+class Failed(Exception):
+    """Ends what is done with one kernel, or, thrown into that, interrupts it; the arguments
+    are those of a `Failure`."""
+
+
+def label(name, text, labelled=True):
     """`text` under the name of its kernel: on its line, or above its lines."""
-    return f"[{name}] " + ("\n" if "\n" in text else "") + text
+    return f"[{name}] " + ("\n" if "\n" in text else "") + text if labelled else text
 
 
 # ---- the remote side ------------------------------------------------------
-# The source of these functions goes to every Python kernel, from 2.7 on, into
-# a module of its own; those that pickle serve on this side too.
+# The source of these goes to every Python kernel, from 2.7 on, into a module of
+# its own; what packs and unpacks serves on this side, too.
 
-REMOTE_IMPORTS = "import io, os, pickle, sys\nfrom IPython import get_ipython\n"
 IN_BAND = 65536  # bytes; a message frame of its own costs more than copying less
 
 
-class NoMain(pickle.Unpickler):
-    """Refuses what pickle wrote as a reference to the sender's session."""
+class Unpickler(pickle.Unpickler):
+    """Finds numpy's renamed modules; refuses what means the sender's session."""
 
     def find_class(self, module, name):
         if module == "__main__":
-            raise pickle.PicklingError("%s is defined in __main__" % name)
-        return pickle.Unpickler.find_class(self, module, name)
+            raise pickle.UnpicklingError(
+                "it needs %s of the session; installing cloudpickle would bring it" % name)
+        try:
+            return pickle.Unpickler.find_class(self, module, name)
+        except ImportError:
+            if not module.startswith("numpy._core"):
+                raise
+            return pickle.Unpickler.find_class(self, module.replace("_core", "core", 1), name)
 
 
-def pack(values, protocol):
-    """A list: the pickle of `values`, and its out-of-band buffers (PEP 574).
+@contextlib.contextmanager
+def uncollected():
+    """Without the garbage collector, which many small containers would call all the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class Chunks(list):
+    """A file that copies nothing: pickle writes what is large by itself."""
+    write = list.append
+
+
+def pickled(values, protocol):
+    """(chunks of the pickle, its out-of-band buffers (PEP 574), the pickler with its
+    memo, whether it may refer to the session).
 
     What plain pickle can't take, or writes as a reference to the session, is
     for cloudpickle, where that is installed. Raises whatever pickling raises.
     """
-    buffers = []
+    def dump(pickler_class):
+        chunks, buffers = Chunks(), []
+        options = {"buffer_callback": lambda buffer: (
+            buffer.raw().nbytes < IN_BAND or buffers.append(buffer.raw()))} if protocol > 4 else {}
+        pickler = pickler_class(chunks, protocol, **options)
+        pickler.dump(values)
+        refers = pickler_class is pickle.Pickler and any(
+            b"__main__" in chunk for chunk in chunks if len(chunk) < 2 * IN_BAND)
+        return chunks, buffers, pickler, refers
 
-    def in_band(buffer):
-        view = buffer.raw()
-        if view.nbytes >= IN_BAND:
-            buffers.append(view)
-        return view.nbytes < IN_BAND
-
-    options = {"buffer_callback": in_band} if protocol >= 5 else {}
     try:
-        data = pickle.dumps(values, protocol, **options)
-        if b"__main__" in data:
-            NoMain(io.BytesIO(data), **({"buffers": buffers} if buffers else {})).load()
-    except Exception as error:
-        try:
-            import cloudpickle
-        except ImportError:
-            if "__main__" in str(error) or "<locals>" in str(error):
-                raise pickle.PicklingError(
-                    "%s; installing cloudpickle on both sides would do it" % error)
-            raise error
-        del buffers[:]
-        data = cloudpickle.dumps(values, protocol, **options)
-    return [data] + buffers
-
-
-def pack_each(values, protocol):
-    """(what `pack` returns, failures): all of the dict `values` that can be
-    pickled, in one pickle, so that what they share stays shared."""
-    try:
-        return pack(values, protocol), []
+        plain = dump(pickle.Pickler)
+        if not plain[-1]:
+            return plain
     except Exception:
-        good, failures = {}, []
+        plain = None
+    try:
+        from cloudpickle import CloudPickler
+    except ImportError:
+        return plain or dump(pickle.Pickler)
+    return dump(CloudPickler)
+
+
+def pack(values, protocol):
+    """(parts, frames, failures): the dict `values`, pickled.
+
+    Each value is a part of its own, so that one that can't be loaded takes
+    nothing from the others; those that share something mutable stand in one
+    more part, together, ahead of them. A part is [names, number of its frame,
+    numbers of its out-of-band frames, whether it may refer to the session]; a
+    buffer is one frame for all parts.
+    """
+    parts, frames, failures, numbers, memos = [], [], [], {}, {}
+
+    def number(frame, owner):
+        if id(owner) not in numbers:
+            numbers[id(owner)] = len(frames), owner
+            frames.append(frame)
+        return numbers[id(owner)][0]
+
+    def add(names):
+        chunks, buffers, pickler, refers = pickled({name: values[name] for name in names}, protocol)
+        parts.append([names, number(b"".join(chunks), chunks),
+                      [number(each, each.obj) for each in buffers], refers])
+        return pickler.memo.copy() if len(values) > 1 else {}
+
+    def mutable(value):
+        return type(value).__hash__ in (None, object.__hash__) and not isinstance(
+            value, (type, types.FunctionType, types.BuiltinFunctionType))
+
+    with uncollected():
         for name in values:
             try:
-                pack({name: values[name]}, protocol)
-                good[name] = values[name]
+                memos[name] = add([name])
             except Exception as error:
                 failures.append([type(error).__name__, "%s: %s" % (name, error)])
-        return pack(good, protocol), failures
+        seen, shared = set(), set()
+        for memo in memos.values():
+            shared |= seen.intersection(memo)
+            seen.update(memo)
+        together = [name for name, memo in memos.items() if any(
+            mutable(memo[key][1]) for key in shared.intersection(memo))]
+        if together:
+            add(together)
+            parts.insert(0, parts.pop())
+    return parts, frames, failures
 
 
-def unpack(buffers, there):
-    """The dict that `pack` was given; `there` is the sender's `versions`.
-    Raises whatever unpickling raises."""
-    def load():
-        if sys.version_info < (3,):
-            return pickle.loads(memoryview(buffers[0]).tobytes())
-        options = {"buffers": buffers[1:]} if len(buffers) > 1 else {}
-        return pickle.loads(buffers[0], encoding="latin1", **options)
-
-    try:
+def load(frame, refers, options):
+    """Unpickle a frame, without a copy of it where the `Unpickler` is not needed."""
+    if sys.version_info > (3,) and not refers:
         try:
-            return load()
-        except ImportError as error:
-            if "No module named _core" not in str(error).replace("'", "").replace("numpy.", ""):
-                raise
-            import numpy.core.numeric  # noqa: F401  (numpy 2 writes _core for core)
-            for part in ("", ".multiarray", ".numeric"):
-                sys.modules["numpy._core" + part] = sys.modules["numpy.core" + part]
-            return load()
-    except Exception as error:
-        if "numpy" in str(error) or "pandas" in str(error):
-            raise ValueError("%s (pickled with %s, loaded with %s)" % (
-                error, there, versions() or "neither"))
-        raise
+            return pickle.loads(frame, **options)
+        except ImportError:
+            pass
+    return Unpickler(io.BytesIO(frame), **options).load()
 
 
-def versions():
-    """Those whose pickles differ between versions, as text."""
-    return ", ".join("%s %s" % (name, sys.modules[name].__version__)
-                     for name in ("numpy", "pandas") if name in sys.modules)
+def unpack(parts, frames):
+    """(values, failures) of what `pack` made."""
+    values, failures = {}, []
+    options = {"encoding": "latin1"} if sys.version_info > (3,) else {}
+    with uncollected():
+        for names, data, outside, refers in parts:
+            if outside:
+                options["buffers"] = [frames[each] for each in outside]
+            try:
+                if not set(names) <= set(values):
+                    values.update(load(frames[data], refers, options))
+            except (Exception, SystemExit) as error:  # unpickling may run anything
+                here = ["%s %s here" % (each, sys.modules[each].__version__)
+                        for each in ("numpy", "pandas")
+                        if each in str(error) and each in sys.modules]
+                if len(names) == 1:
+                    failures.append([type(error).__name__, "; ".join(
+                        ["%s can't be loaded: %s" % (names[0], error)] + here)])
+    return values, failures
 
 
-def prepare(directory, pushed, there):
+def prepare(directory, parts):
     """Change directory, take the pushed variables from the request's buffers."""
     shell = get_ipython()
     if directory:
         if not os.path.isdir(directory):
             directory = os.path.expandvars(os.path.expanduser(directory))
         os.chdir(directory)
-    if pushed:
-        try:
-            parent = shell.kernel.get_parent()
-        except AttributeError:  # before ipykernel 6
-            parent = shell.kernel._parent_header
-        shell.user_ns.update(unpack(parent["buffers"], there))
+    if parts:
+        before_6 = not hasattr(shell.kernel, "get_parent")  # ipykernel
+        parent = shell.kernel._parent_header if before_6 else shell.kernel.get_parent()
+        values, failures = unpack(parts, parent["buffers"])
+        if failures:
+            raise ValueError("; ".join(text for _, text in failures))
+        shell.user_ns.update(values)
 
 
 def send(names, protocol, copy):
-    """Publish the variables `names` as buffers of one comm message. Those that
-    can't go are named, with the reason, in the message's data. A `copy` is for
-    kernels whose other clients may change them before ZMQ has sent them."""
+    """Publish the variables `names` as buffers of one comm message. Those that can't go are
+    named in its data, with the reason. A `copy`, since another client might change them."""
     namespace = get_ipython().user_ns
-    parts, failures = pack_each(
+    parts, frames, failures = pack(
         {str(name): namespace[name] for name in names if name in namespace}, protocol)
     failures += [["NameError", "name '%s' is not defined" % name]
                  for name in names if name not in namespace]
-    if copy:
-        parts = [bytes(part) for part in parts]
     try:
         from comm import create_comm
     except ImportError:  # before ipykernel 6
         from ipykernel.comm import Comm as create_comm
-    comm = create_comm(target_name="remote_exec", primary=False)
-    comm.send({"remote_exec": failures, "versions": versions()}, buffers=parts)
+    create_comm(target_name="remote_exec", primary=False).send(
+        {"remote_exec": [parts, failures]}, buffers=list(map(bytes, frames)) if copy else frames)
 
 
 def publish_all(kernel):
@@ -240,17 +283,18 @@ def publish_all(kernel):
         thread.schedule(lambda: setattr(thread.socket, "sndhwm", 0))
 
 
-def setup_code():
-    """Code that makes the remote side's module, and adds `pickle` and `os` to
-    the user's namespace and nothing else."""
-    source = REMOTE_IMPORTS + f"IN_BAND = {IN_BAND}\n" + "\n".join(map(inspect.getsource, (
-        NoMain, pack, pack_each, unpack, versions, prepare, send, publish_all)))
-    return (
-        "import os, pickle\n"
-        f"exec(compile({ascii(source)}, '<remote_exec>', 'exec'), "
-        "__import__('sys').modules.setdefault('_remote_exec', "
-        "__import__('types').ModuleType('_remote_exec')).__dict__)\n"
-        "__import__('_remote_exec').publish_all(get_ipython().kernel)")
+# taken once: this file may change while a session is open
+REMOTE_SOURCE = "\n".join((
+    "import contextlib, gc, io, os, pickle, sys, types",
+    "from IPython import get_ipython", f"IN_BAND = {IN_BAND}", *map(inspect.getsource, (
+        Unpickler, uncollected, Chunks, pickled, pack, load, unpack, prepare, send, publish_all))))
+# makes the module, and adds `pickle` and `os` to the user's namespace and nothing else
+SETUP_CODE = (
+    "import os, pickle\n"
+    f"exec(compile({ascii(REMOTE_SOURCE)}, '<remote_exec>', 'exec'), "
+    "__import__('sys').modules.setdefault('_remote_exec', "
+    "__import__('types').ModuleType('_remote_exec')).__dict__)\n"
+    "__import__('_remote_exec').publish_all(get_ipython().kernel)")
 
 
 def remote_call(function, *arguments):
@@ -259,28 +303,29 @@ def remote_call(function, *arguments):
             f"(*__import__('json').loads({json.dumps(arguments)!r}))")
 
 
-# ---- options and targets --------------------------------------------------
+# ---- the line -------------------------------------------------------------
 
-SHORT, LONG = "k:o:i:p:t:sl", [
-    "kernels=", "output=", "input=", "push=", "timeout=", "shutdown", "list"]
+SHORT, LONG = "k:o:i:p:t:sbl", ["kernels=", "output=", "input=", "push=", "timeout=",
+                                "shutdown", "background", "list"]
 
 
 def parse_line(line):
-    """(options, code) of a magic's line; the code verbatim.
-
-    `options` maps the short letter to its argument; lists given twice add up.
-    """
-    words = line.split()
+    """({letter: argument}, code) of a magic's line; lists given twice add up."""
+    words, options = line.split(), {}
     try:
         pairs, rest = getopt.getopt(words, SHORT, LONG)
     except getopt.GetoptError as error:
         raise UsageError(f"{error}; `--` ends the options, %remote_exec? shows them all") from None
-    options = {}
     for option, value in pairs:
         letter = option.lstrip("-")[0]
-        adds_up = letter in "koip" and letter in options
-        options[letter] = options[letter] + "," + value if adds_up else value
+        earlier = options.get(letter) if letter in "koip" else None
+        options[letter] = earlier + "," + value if earlier else value
     return options, line.split(None, len(words) - len(rest))[-1] if rest else ""
+
+
+def check_name(option, name, way_out):
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise UsageError(f"-{option}: {name!r} is not a variable's name; {way_out}")
 
 
 def parse_names(option, text):
@@ -288,62 +333,49 @@ def parse_names(option, text):
     # Python's names are in this form (Language Reference, 2.3); `{name}` stands as written
     names = (text if option == "i" else unicodedata.normalize("NFKC", text)).split(",")
     for name in names:
-        if not name.isidentifier() or keyword.iskeyword(name):
-            raise UsageError(f"-{option}: {name!r} is not a variable's name; "
-                             "separate names by commas, without blanks")
+        check_name(option, name, "separate names by commas, without blanks")
     return list(dict.fromkeys(names))
 
 
 def parse_targets(entries):
-    """(NAME, SPEC, DIRECTORY) of each entry; UsageError for a bad or repeated NAME."""
+    """{NAME: (SPEC, DIRECTORY)} of the entries; UsageError for a bad or repeated NAME."""
     targets = {}
     for entry in entries:
         head, _, directory = entry.partition(":")
         name, equals, spec = unicodedata.normalize("NFKC", head).partition("=")
-        if not name.isidentifier() or keyword.iskeyword(name):
-            raise UsageError(f"-k: {name!r} is not a variable's name; "
-                             "write NAME[=SPEC][:DIRECTORY],... without blanks")
+        check_name("k", name, "write NAME[=SPEC][:DIRECTORY],... without blanks")
         if equals and not spec:
             raise UsageError(f"-k: no kernelspec after {head!r}")
         if name in targets:
-            raise UsageError(f"-k: {name} stands there twice; give the second "
-                             f"another name, like {name}2={spec or 'SPEC'}")
-        targets[name] = name, spec, directory
-    return list(targets.values())
+            raise UsageError(f"-k: {name} stands there twice; write {name}2={spec or 'SPEC'}")
+        targets[name] = spec, directory
+    return targets
 
 
 def parse_seconds(text):
     """The time-out that `text` gives; UsageError unless it is above 0 and finite."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0
-    if not 0 < seconds < float("inf"):
+    if not re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d\d?)?", text) or not float(text):
         raise UsageError(f"-t: {text!r} is not a positive number of seconds")
-    return seconds
+    return float(text)
 
 
 def match_spec(wanted, specs):
-    """The one of `specs` that `wanted` means: the exact one, else the only one
-    that contains it, else the only one that matches, ignoring case, with ``_``
-    for anything. UsageError where there is none or are several."""
-    if wanted.lower() in specs:
-        return wanted.lower()
-    pattern = ".*".join(map(re.escape, wanted.split("_")))
-    found = (sorted(spec for spec in specs if wanted in spec)
-             or sorted(spec for spec in specs if re.search(pattern, spec, re.IGNORECASE)))
+    """The one of `specs` that `wanted` means: the exact one, else the only one that contains
+    it, else the only one that matches, ignoring case, with ``_`` for anything, or UsageError."""
+    pattern = re.compile(".*".join(map(re.escape, wanted.split("_"))), re.IGNORECASE)
+    found = ([spec for spec in specs if spec == wanted.lower()]
+             or sorted(spec for spec in specs if wanted in spec)
+             or sorted(filter(pattern.search, specs)))
     if len(found) == 1:
         return found[0]
-    if found:
-        raise UsageError(f"kernelspec {wanted!r} may be any of: {', '.join(found)}")
-    closest = difflib.get_close_matches(wanted.lower(), sorted(specs), len(specs) + 1, cutoff=0)
-    raise UsageError(f"no kernelspec matches {wanted!r}; NAME=SPEC takes one of: "
-                     f"{', '.join(closest)}")
+    raise UsageError(
+        f"kernelspec {wanted!r} may be any of: {', '.join(found)}" if found else
+        f"no kernelspec matches {wanted!r}; NAME=SPEC takes one of: {', '.join(sorted(specs))}")
 
 
 def substitute(code, name, values):
-    """`code` for kernel `name`, with each ``{variable}`` of `values` replaced in
-    one exact pass. UsageError where a dict has no key `name`, or str() fails."""
+    """`code` for kernel `name`, with each ``{variable}`` of `values` replaced in one exact
+    pass. UsageError where a dict has no key `name`, or str() fails."""
     texts = {}
     for variable, value in values.items():
         if isinstance(value, dict) and name not in value:
@@ -353,248 +385,29 @@ def substitute(code, name, values):
         except Exception as error:
             raise UsageError(f"-i: str({variable}) fails: {error}") from None
     return re.sub(r"\{(%s)\}" % "|".join(map(re.escape, texts)),
-                  lambda match: texts[match.group(1)], code) if texts else code
+                  lambda match: texts[match[1]], code) if texts else code
 
 
-# ---- a kernel -------------------------------------------------------------
-
-class Kernel:
-    """A kernel: its manager, where it was started here, and the sockets to it."""
-
-    def __init__(self, name, spec, context, config):
-        self.name, self.spec, self.context, self.config = name, spec, context, config
-        self.attached = spec.endswith(".json")
-        self.manager = self.client = self.language = None
-        self.protocol = None  # pickle's highest over there; None: not Python
-        self.ready = False    # the remote side is there
-        self.sockets = {}
-        self.request = None   # the last one
-        self.broken = False   # its connection was closed since we last heard from it
-        self.end = None       # future of `ended`, while that is asked
-        self.stderr = tempfile.TemporaryFile("w+", errors="backslashreplace")
-        # a loop of its own, in a thread of its own: a provisioner may block for long
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.serve, daemon=True, name=f"remote_exec {name}").start()
-        self.launched = self.later(self.launch())
-
-    def serve(self):
-        self.loop.run_forever()
-        self.loop.close()
-
-    def later(self, coroutine):
-        """Future of `coroutine`, which runs in the kernel's thread."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-
-    async def launch(self):
-        """Start the process. Raises what the kernel's provisioner raises."""
-        if self.attached:
-            return
-        os.makedirs(jupyter_runtime_dir(), mode=0o700, exist_ok=True)
-        config = Config()
-        if zmq.has("curve"):  # what an older jupyter_client has no use for, it ignores
-            config.KernelManager.transport_encryption = "auto"
-        config.merge(self.config)
-        log = logging.Logger("remote_exec", logging.CRITICAL + 1)  # the terminal is the user's
-        self.manager = AsyncKernelManager(
-            kernel_name=self.spec, config=config, log=log,
-            context=zmq.asyncio.Context.shadow(self.context.underlying),
-            connection_file=os.path.join(jupyter_runtime_dir(), f"kernel-{uuid.uuid4()}.json"))
-        # here a kernel's own output would show a second time, and unlabelled
-        await self.manager.start_kernel(stdout=subprocess.DEVNULL, stderr=self.stderr)
-
-    def connect(self):
-        """Open the sockets, by what the connection file says."""
-        self.client = KernelClient(context=self.context, connection_file=(
-            self.spec if self.attached else self.manager.connection_file))
-        self.client.load_connection_file()
-        self.sockets = {channel: getattr(self.client, "connect_" + channel)(
-            identity=self.client.session.bsession)
-            for channel in ("iopub", "shell", "stdin", "control", "hb")}
-        self.sockets["hb"].setsockopt(zmq.REQ_RELAXED, 1)
-        self.sockets["closed"] = self.sockets["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
-
-    def send(self, channel, kind, content, buffers=None):
-        """Send a message; returns its id."""
-        return self.client.session.send(
-            self.sockets[channel], kind, content, buffers=buffers)["header"]["msg_id"]
-
-    def sending(self, names):
-        """Expression that has the variables `names` sent."""
-        return remote_call(send, names, self.protocol, self.attached)
-
-    def submit(self, request):
-        """Send a request; the messages are for it from now on. It fails at once
-        where the kernel could not be launched, or the request can't be encoded."""
-        self.request = request
-        request.heard = request.pinged = time.monotonic()
-        try:
-            self.launched.result()
-            if not self.sockets:
-                self.connect()
-            request.msg_id = self.send("shell", request.kind, request.content, request.buffers)
-            request.buffers = None
-        except Exception as error:
-            request.give_up(type(error).__name__, str(error))
-
-    def listen(self, channel):
-        """Take in what a socket has, up to 100 messages. What isn't signed with
-        this kernel's key, or isn't a message, is as if it had never come."""
-        if channel == "closed":
-            self.sockets[channel].recv_multipart()
-            self.broken, self.request.asked = True, 0
-            return
-        self.request.heard = time.monotonic()
-        if channel == "hb":
-            self.sockets[channel].recv()
-            self.request.ping = None
-            return
-        for _ in range(100):
-            try:
-                message = self.client.session.recv(self.sockets[channel], copy=False)[1]
-            except Exception:
-                continue
-            if message is None:
-                return
-            self.request.hear(channel, message)
-
-    def drain(self, wait=0):
-        """Take in all that has come by now, or comes within `wait` ms of it."""
-        if self.sockets["closed"].poll(0):  # may be opened and closed for ever
-            self.listen("closed")
-        for channel in ("iopub", "shell", "control"):
-            while self.sockets[channel].poll(wait):
-                self.listen(channel)
-
-    def catch_up(self, screen):
-        """Show what an earlier request printed late."""
-        self.request.screen = screen
-        self.drain()
-        screen.finish(self.name)
-
-    def watch(self, now):
-        """Look after a kernel whose request is not done: does it live, does the
-        network, was a reply lost?"""
-        request = self.request
-        silent = now - request.heard
-        if self.end is None and now - request.asked > 3 and (silent > 1 or self.broken):
-            self.end, request.asked = self.later(self.ended()), now
-        if self.end is not None and self.end.done():
-            how = None if self.end.exception() else self.end.result()
-            self.end = None
-            if how:
-                self.drain(200)
-                request.die(how)
-                return
-        # replies come in order: that of a later request tells that ours was lost
-        half = (request.reply is not None) != request.idle
-        patience = 1 if request.kind == "execute_request" else 0.3
-        if (self.broken or half and silent > patience) and now - request.probed > 10:
-            request.probe, request.probed = self.send("shell", "kernel_info_request", {}), now
-            self.broken = False
-        if silent > 2 and now - request.pinged > (2 if request.ping is None else 10):
-            request.ping, request.pinged = request.ping or now, now
-            try:
-                self.sockets["hb"].send(b"ping", zmq.NOBLOCK)
-            except zmq.Again:  # not connected
-                pass
-        if request.interrupted and not request.interrupt_answered and now - request.interrupted > 2:
-            request.interrupt_answered = True  # ipykernel before 6 heeds the signal alone
-            if not self.attached:
-                self.later(self.manager.signal_kernel(signal.SIGINT))
-
-    @property
-    def busy(self):
-        """Whether it may still run a request that was given up."""
-        return self.request.msg_id is not None and not self.request.done
-
-    @property
-    def process(self):
-        """The local process, where the kernel's provisioner has one."""
-        return getattr(getattr(self.manager, "provisioner", None), "process", None)
-
-    @property
-    def exited(self):
-        """Whether its local process has ended."""
-        return self.process is not None and self.process.poll() is not None
-
-    async def ended(self):
-        """How the kernel ended, or None while it runs. May take long."""
-        if self.attached:
-            try:
-                socket.create_connection((self.client.ip, self.client.shell_port), 5).close()
-            except ConnectionRefusedError:
-                return "nothing listens at its address"
-            except OSError:
-                pass
-            return None
-        process = self.process  # the provisioner may forget it once it has ended
-        if await self.manager.is_alive():
-            return None
-        code = getattr(process, "returncode", None)
-        if code is None:
-            return "its process is gone"
-        names = {-each: f"killed by {each.name}" for each in signal.Signals}
-        return names.get(code, f"exit code {code}")
-
-    def last_words(self):
-        """What the process said on stderr at the end: it explains a failed start."""
-        self.stderr.seek(max(0, self.stderr.seek(0, os.SEEK_END) - 2000))
-        return " | ".join([line.strip() for line in self.stderr if line.strip()][-3:])
-
-    def stop(self, grace):
-        """Future of the kernel's end, which takes up to `grace` seconds if it
-        heeds the request, and leaves no process and no file behind."""
-        if self.sockets:
-            self.sockets["shell"].disable_monitor()
-        for each in self.sockets.values():
-            each.close(linger=0)
-        self.sockets = {}
-        future = self.later(self.shut_down(grace))
-        future.add_done_callback(lambda _: self.loop.call_soon_threadsafe(self.loop.stop))
-        return future
-
-    async def shut_down(self, grace):
-        """Shut the kernel down, by force after `grace` seconds; an attached one
-        runs on."""
-        await asyncio.gather(asyncio.wrap_future(self.launched), return_exceptions=True)
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()
-        provisioner = getattr(self.manager, "provisioner", None)
-        if provisioner is None:
-            return
-        self.manager.shutting_down = True
-        try:
-            if grace:
-                await self.manager.request_shutdown()
-            ended = asyncio.ensure_future(provisioner.wait())
-            if not (await asyncio.wait([ended], timeout=grace))[0]:
-                await asyncio.wait_for(provisioner.kill(), 5)
-                await asyncio.wait_for(ended, 5)
-        finally:
-            await self.manager.cleanup_resources()
-            self.stderr.close()
-
-
-# ---- a run ----------------------------------------------------------------
+# ---- the screen -----------------------------------------------------------
 
 class Screen:
-    """Shows here what kernels publish: unlabelled for one, else line by line
-    under `label`."""
+    """Shows here what kernels publish: unlabelled for one, else line by line under `label`."""
 
     def __init__(self, shell, labelled):
-        self.shell, self.labelled = shell, labelled
+        self.shell, self.labelled, self.notebook = shell, labelled, hasattr(shell, "kernel")
         self.file = sys.stdout
-        self.unfinished = {}         # text without a line's end, by (kernel, stream)
-        self.bar, self.since = None, 0  # whose line a \r left open, and when it got its turn
-        self.status_id = self.status_text = None
+        self.unfinished = {}  # text without a line's end, by (kernel, stream)
+        self.bar = 0          # length of the line that a progress bar left open
+        self.told = None      # the status line, while there is one
 
     def write(self, file, text):
-        if self.status_text and not self.status_id:
-            sys.stderr.write("\r\x1b[K")
-            self.status_text = None
+        if not self.notebook:
+            self.status("")
         if file is not self.file:
             self.file.flush()
             self.file = file
+        if self.bar:
+            self.bar, text = 0, "\n" + text
         try:
             file.write(text)
         except UnicodeEncodeError:  # a lone surrogate, say
@@ -602,43 +415,40 @@ class Screen:
             file.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def stream(self, name, stream, text):
+        """Show text of a stream; where there are several kernels, in whole lines, but the
+        line that a progress bar redraws (after a carriage return) at once."""
         file = sys.stderr if stream == "stderr" else sys.stdout
         if not self.labelled:
             self.write(file, text)
             return
-        text = self.unfinished.pop((name, stream), "") + text
-        lines = re.split(r"(?<=\n)|(?<=\r)(?!\n)", text)
-        rest, now = lines.pop(), time.monotonic()
-        if lines and lines[-1].endswith("\r") and self.bar not in (None, name) and (
-                now - self.since < 1):
-            # progress bars take turns; what one does meanwhile, it would overwrite
-            rest = lines.pop() + rest
-            lines = [line for line in lines if not line.endswith("\r")]
-        self.unfinished[name, stream] = rest
+        *lines, rest = re.split(r"(?<=\n)", self.unfinished.pop((name, stream), "") + text)
         for line in lines:
-            bar = name if line.endswith("\r") else None
-            if self.bar not in (None, name):
-                self.write(self.file, "\n")
-            if bar != self.bar:
-                self.since = now
-            self.write(file, f"[{name}] {line}")
-            self.bar = bar
+            self.line(file, name, line.rstrip("\r\n").rpartition("\r")[2], "\n")
+        bar = re.search(r"\r([^\r]+)\r*$", "\r" + rest)
+        if "\r" in rest and bar:
+            self.line(file, name, bar[1], "\r")
+            rest = bar[0]
+        self.unfinished[name, stream] = rest
+
+    def line(self, file, name, text, end):
+        """A whole line, in place of a progress bar's that may stand there."""
+        text, self.bar = f"[{name}] {text}".ljust(self.bar), 0
+        self.write(file, text + end)
+        self.bar = len(text) if end == "\r" else 0
 
     def finish(self, name):
         """Show the unfinished lines of a kernel: what comes next isn't theirs."""
-        self.since = 0
         for key in [key for key in self.unfinished if key[0] == name]:
-            if self.unfinished[key]:
+            if self.unfinished[key].strip("\r"):
                 self.stream(*key, "\n")
-            del self.unfinished[key]
+            self.unfinished.pop(key, None)
 
     def display(self, name, kind, content):
         data, update = content["data"], kind == "update_display_data"
-        if self.labelled and not update:
+        if self.labelled and not update and data.get("text/plain") != "":
             self.finish(name)
-            one_line = "\n" not in str(data.get("text/plain", "\n"))
-            self.write(sys.stdout, f"[{name}]" + (
-                " " if one_line and not hasattr(self.shell, "kernel") else "\n"))
+            one_line = "\n" not in str(data.get("text/plain", "\n")) and not self.notebook
+            self.write(sys.stdout, f"[{name}]" + (" " if one_line else "\n"))
         self.file.flush()
         transient = dict(content.get("transient") or {})
         if "display_id" in transient:  # two kernels may choose the same
@@ -646,314 +456,907 @@ class Screen:
         self.shell.display_pub.publish(data=data, metadata=content.get("metadata") or {},
                                        transient=transient, update=update)
 
+    def error(self, name, content):
+        self.finish(name)
+        text = label(name, "\n".join(content["traceback"]), self.labelled)
+        if self.notebook:
+            self.file.flush()
+            self.shell.kernel.send_response(self.shell.kernel.iopub_socket, "error",
+                                            {**content, "traceback": text.split("\n")})
+        else:
+            self.write(sys.stderr, text + "\n")
+
     def clear(self, wait):
         self.unfinished.clear()
-        self.status_id = self.status_text = None  # the line of a notebook goes with the rest
+        self.bar, self.told = 0, None  # all of it goes
         self.shell.display_pub.clear_output(wait=wait)
 
-    def error(self, name, lines):
-        self.finish(name)
-        text = "\n".join(lines)
-        self.write(sys.stderr, (label(name, text) if self.labelled else text) + "\n")
-
-    def status(self, text, last=False):
-        """One line, updated in place: a display in a notebook, else a terminal's.
-        The `last` one is for where there was one before."""
-        if last and not self.status_text:
+    def status(self, text):
+        """One line, updated in place, a display in a notebook; without text, none."""
+        if not text and not self.told:
             return
-        if hasattr(self.shell, "kernel"):
-            update, self.status_id = bool(self.status_id), self.status_id or uuid.uuid4().hex
-            self.shell.display_pub.publish(data={"text/plain": text}, metadata={}, update=update,
-                                           transient={"display_id": self.status_id})
+        if self.notebook:
+            update, self.told = bool(self.told), self.told or uuid.uuid4().hex
+            self.shell.display_pub.publish(
+                data={"text/plain": text} if text else {}, metadata={}, update=update,
+                transient={"display_id": self.told})
         elif sys.stderr.isatty():
-            sys.stderr.write(f"\r{text}\x1b[K" + ("\n" if last else ""))
-            sys.stderr.flush()
-        self.status_text = None if last else text
+            self.told = text
+            print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+        self.told = text and self.told
 
 
-class Request:
-    """One request to one kernel, and what is heard of it.
+class Widgets:
+    """The widgets of one kernel, alive in this notebook: a comm here for each comm over there
+    (protocol, "Custom Messages"). What the front end sends back is for `answer`."""
 
-    `hear` gives messages their meaning (Jupyter messaging protocol 5.3) and
-    waits for nothing; the request is done when both its reply (shell) and the
-    idle status after its outputs (iopub) have come, in whatever order.
-    """
+    def __init__(self, shell, answer):
+        self.shell, self.answer = shell, answer
+        self.comms, self.catching = {}, []  # by id; the `Output`s that catch, the latest last
+        self.screen = Screen(shell, False)  # within an `Output`
 
-    def __init__(self, kernel, screen, kind="execute_request", code="", expression="",
-                 buffers=None, silent=True, allow_stdin=False):
-        self.kernel, self.screen, self.kind, self.buffers = kernel, screen, kind, buffers
-        self.content = {} if kind == "kernel_info_request" else {
-            "code": code, "silent": silent, "store_history": not silent,
-            "user_expressions": {"remote_exec": expression} if expression else {},
-            "allow_stdin": allow_stdin, "stop_on_error": False}
-        self.msg_id = self.probe = None
-        self.reply, self.idle, self.outputs, self.failure = None, False, None, None
-        self.errors = []       # a traceback that was published; the reply may repeat it
-        self.question = None   # an input_request that waits for its answer
-        self.heard = self.pinged = 0  # when a message last came, and a heartbeat was sent
-        self.asked = self.probed = 0  # when we asked for the kernel's end, and sent a probe
-        self.ping = None              # when the heartbeat that was not answered was sent
-        self.interrupted = None       # when an interrupt was due
-        self.interrupt_answered = self.late = self.given_up = False
-        self.died = None       # how the kernel did
-        self.took = None       # seconds
+    def hear(self, kind, content, message):
+        """Pass on what a far comm says; what is not a front end's is passed over."""
+        comm, data = self.comms.get(content["comm_id"]), content.get("data") or {}
+        rest = message["metadata"], message["buffers"]
+        if kind == "comm_open" and hasattr(self.shell, "kernel"):
+            with contextlib.suppress(ImportError):  # before ipykernel 6
+                from comm import create_comm
+                comm = self.comms[content["comm_id"]] = create_comm(
+                    content["target_name"], data, *rest, comm_id=content["comm_id"])
+                comm.on_msg(lambda message: self.answer("comm_msg", message))
+                comm.on_close(lambda message: self.answer("comm_close", message))
+        elif kind == "comm_msg" and comm:
+            if "msg_id" in dict(data.get("state") or {}):
+                self.catching = [each for each in self.catching if each is not comm] + [
+                    comm] * bool(data["state"].pop("msg_id"))
+            comm.send(data, *rest)
+        elif kind == "comm_close" and comm:
+            del self.comms[content["comm_id"]]
+            comm.close(data, *rest)
 
-    @property
-    def done(self):
-        return self.reply is not None and self.idle
-
-    def fail(self, ename, evalue, traceback=()):
-        self.failure = self.failure or Failure(ename, evalue, list(traceback))
-
-    def give_up(self, ename, evalue):
-        """Wait no longer; the kernel may stay busy with it."""
-        self.fail(ename, evalue)
-        self.given_up = True
-
-    def die(self, how):
-        """There is no kernel any more that could answer."""
-        if not self.done:
-            self.died, self.reply, self.idle = how, {}, True
-            self.failure = Failure("DeadKernelError", f"the kernel died ({how}); " + (
-                "it was not started here" if self.kernel.attached else
-                "the next cell that names it starts it anew"))
-
-    def hear(self, channel, message):
-        """Take in a message. A malformed one is a failure, never an exception."""
-        try:
-            kind, content = message["msg_type"], message["content"]
-            parent = message["parent_header"] or {}
-            if channel == "shell":
-                self.hear_shell(content, parent.get("msg_id"))
-            elif channel == "iopub":
-                self.hear_iopub(kind, content, parent, message["buffers"])
-            elif kind == "interrupt_reply":
-                self.interrupt_answered = True
-            elif kind == "input_request" and parent.get("msg_id") == self.msg_id:
-                self.question = str(content["prompt"]), bool(content.get("password"))
-        except Exception as error:
-            self.fail("ProtocolError", f"{channel} message: {type(error).__name__}: {error}")
-
-    def hear_shell(self, content, msg_id):
-        """A reply: to the request, or to a probe that was sent after it."""
-        if msg_id and msg_id == self.msg_id and self.reply is None:
-            self.reply = {}
-            expressions = dict(content.get("user_expressions") or {})
-            for part in (content, expressions.get("remote_exec") or {}):
-                if part.get("status", "ok") == "aborted":
-                    self.fail("AbortedError", "the kernel dropped the code, since another client's "
-                              "failed before it; nothing ran: run it again")
-                elif part.get("status", "ok") != "ok":
-                    self.fail(str(part.get("ename") or ""), str(part.get("evalue") or "failed"),
-                              map(str, part.get("traceback") or []))
-            for payload in content.get("payload") or []:
-                if payload.get("source") == "page":
-                    page.page(payload["data"]["text/plain"])
-            self.reply = dict(content)
-        elif msg_id and msg_id == self.probe and self.reply is None:
-            self.reply, self.idle = {}, True
-            self.fail("LostReplyError", "the connection broke, and the reply was lost with it; the "
-                      "kernel has its state and is free (-o without code fetches variables)")
-
-    def hear_iopub(self, kind, content, parent, buffers):
-        """An output, a status, or our comm message; that of others is not shown."""
-        msg_id, name = parent.get("msg_id"), self.kernel.name
-        ours = msg_id is not None and msg_id == self.msg_id
-        if kind == "status":
-            if content["execution_state"] == "idle" and msg_id and msg_id in (
-                    self.msg_id, self.probe):
-                self.idle = True
-        elif kind == "comm_msg":
-            if ours and self.outputs is None and "remote_exec" in dict(content["data"] or {}):
-                self.outputs = content["data"], list(buffers)
-        elif parent.get("session") == self.kernel.client.session.session:
-            if ours:
-                self.show_errors()
-            if kind == "stream":
-                self.screen.stream(name, content["name"], content["text"])
-            elif kind in ("display_data", "execute_result", "update_display_data"):
-                self.screen.display(name, kind, content)
-            elif kind == "clear_output":
-                self.screen.clear(bool(content.get("wait")))
-            elif kind == "error":
-                self.errors = [str(line) for line in content["traceback"]]
-                if not ours:
-                    self.show_errors()
-
-    def show_errors(self):
-        if self.errors:
-            self.screen.error(self.kernel.name, self.errors)
-        self.errors = []
-
-    def conclude(self, seconds, timeout):
-        """What remains to be told once the waiting is over."""
-        self.took = seconds
-        if self.late and not (self.died or self.given_up):
-            self.failure = Failure("TimeoutError", f"still busy after {timeout:g} s; interrupted",
-                                   self.failure.traceback if self.failure else [])
-        if self.failure is None:
-            self.show_errors()
-        elif not self.failure.traceback:
-            self.failure = self.failure._replace(traceback=self.errors)
-        self.screen.finish(self.kernel.name)
+    def catch(self, msg_id):
+        """What is shown from now on goes into the `Output` that catches, until there is no
+        `msg_id`. A front end tells by that of the parent, which here all kernels share."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.catching[-1].send(
+            {"method": "update", "state": {"msg_id": msg_id}, "buffer_paths": []})
 
 
-class Call:
-    """One call of the magic: its screen, and its Ctrl-C, which is counted while
-    the call is entered: the first is for the kernels, the second for us."""
-
-    def __init__(self, shell, labelled):
-        self.screen = Screen(shell, labelled)
-        self.interrupts, self.local = 0, False
-
-    def __enter__(self):
-        try:
-            self.previous = signal.signal(signal.SIGINT, self.on_interrupt)
-        except ValueError:  # not the main thread: Ctrl-C doesn't come here
-            self.previous = None
-        return self
-
-    def __exit__(self, *_):
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
-
-    def on_interrupt(self, signum, frame):
-        self.interrupts += 1
-        if self.interrupts > 1 or self.local:
-            raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def at_once(self):
-        """What is done here, and not over there, a Ctrl-C ends at once."""
-        self.local = True
-        try:
-            yield
-        finally:
-            self.local = False
-
-    def run(self, requests, timeout=None, verb="waiting for"):
-        """Send all `requests`, each once its kernel is launched, and return when
-        each is done, dead or given up.
-
-        After `timeout` seconds, the kernels still busy are interrupted, and given
-        up 5 s later; after a Ctrl-C they are interrupted and waited for. The
-        second Ctrl-C gives all up. What came of it stands in the requests. Raises
-        nothing.
-        """
-        poller, owners = zmq.Poller(), {}
-        begin = told = time.monotonic()
-        seen, waiting, unsent = self.interrupts, list(requests), list(requests)
-        try:
-            while waiting:
-                for request in [each for each in unsent if each.kernel.launched.done()]:
-                    unsent.remove(request)
-                    request.kernel.submit(request)
-                    for channel, each in request.kernel.sockets.items():
-                        poller.register(each, zmq.POLLIN)
-                        owners[each] = request.kernel, channel
-                for each, _ in poller.poll(20 if unsent else 100):
-                    kernel, channel = owners[each]
-                    # what was printed before a question stands before it
-                    if channel != "stdin" or not kernel.sockets["iopub"].poll(50):
-                        kernel.listen(channel)
-                now = time.monotonic()
-                for request in waiting:
-                    if request.msg_id and not request.done:
-                        request.kernel.watch(now)
-                    late = timeout is not None and now - begin > timeout
-                    if (late or self.interrupts > seen) and not request.done:
-                        self.hurry(request, now, late, timeout)
-                    if request.question:
-                        self.ask(request)
-                    if request.done or request.given_up:
-                        request.conclude(now - begin, timeout)
-                waiting = [request for request in waiting if request.took is None]
-                if now - told > 1:
-                    told = now
-                    self.screen.file.flush()
-                    self.tell(waiting, len(requests), now, now - begin, verb)
-        except KeyboardInterrupt:
-            for request in waiting:
-                if request.took is None:  # those that were done by then, stay
-                    request.give_up("KeyboardInterrupt", "left busy; -s replaces the kernel")
-                    request.conclude(time.monotonic() - begin, timeout)
-        self.screen.status("; ".join(f"{r.kernel.name} {r.took:.1f} s" for r in requests),
-                           last=True)
-        self.screen.file.flush()
-
-    def hurry(self, request, now, late, timeout):
-        """Interrupt a request that is late or was interrupted; give up what has no
-        code to interrupt, or ignores a time-out's interrupt for 5 s."""
-        if request.interrupted is None:
-            request.interrupted, request.late = now, late
-            if request.kind == "execute_request":  # protocol 5.3, "Kernel interrupt"
-                request.kernel.listen("stdin")
-                request.question = None  # what was asked by now
-                request.kernel.send("control", "interrupt_request", {})
-            elif late:
-                request.give_up("TimeoutError", f"not ready after {timeout:g} s "
-                                "(c.RemoteExecMagics.startup_timeout)")
-            else:
-                request.give_up("KeyboardInterrupt", "interrupted")
-        elif request.late and now - request.interrupted > 5:
-            request.give_up("TimeoutError", f"still busy after {timeout:g} s, and it ignores the "
-                            "interrupt; -s replaces the kernel")
-
-    def tell(self, waiting, total, now, spent, verb):
-        """After 3 s, say who is waited for, and who has not answered since when."""
-        pings = [(request.kernel.name, request.ping) for request in waiting]
-        silent = [f"; {name} does not answer since " + time.strftime(
-            "%H:%M:%S", time.localtime(time.time() - (now - ping)))
-            for name, ping in pings if ping and now - ping > 4]
-        if waiting and spent > 3 and (total > 1 or silent or verb == "starting"):
-            self.screen.status(f"{verb} {', '.join(name for name, _ in pings)} ({spent:.0f} s)"
-                               + "".join(silent))
-
-    def ask(self, request):
-        """Ask here what the kernel asks (an input_request)."""
-        (prompt, password), request.question = request.question, None
-        name = request.kernel.name
-        self.screen.finish(name)
-        self.screen.file.flush()
-        try:
-            with self.at_once():
-                value = (getpass.getpass if password else builtins.input)(
-                    f"[{name}] {prompt}" if self.screen.labelled else prompt)
-        except EOFError:
-            value = "\x04"
-        except KeyboardInterrupt:
-            self.interrupts = max(1, self.interrupts)
-            return
-        request.kernel.send("stdin", "input_reply", {"value": value})
-
-
-# ---- the magic ------------------------------------------------------------
+# ---- a kernel -------------------------------------------------------------
 
 class KernelNamespace:
-    """What came back from one kernel: its attributes are the variables."""
+    """What came back from one kernel: its attributes are the variables; one that a run in the
+    background is to bring is waited for."""
 
-    # the mangled slots leave every variable's name free
-    __slots__ = ("__dict__", "__weakref__", "__name", "__spec")
+    # the mangled slot leaves every variable's name free; by it, and by this class's name,
+    # a namespace from before the module was reloaded is known as ours
+    __slots__ = ("__dict__", "__weakref__", "__kernel")
 
-    def __init__(self, name):
-        self.__name, self.__spec = name, name
+    def __init__(self, kernel):
+        self.__kernel = kernel
 
     def __repr__(self):
-        return (f"<kernel {self.__name} ({self.__spec}): "
+        kernel = self.__kernel
+        state = f", {kernel.since}" if kernel.steps and kernel.since else ""
+        return (f"<kernel {kernel.name} ({kernel.spec}){state}: "
                 f"{', '.join(dir(self)) or 'no variables yet'}>")
 
     def __dir__(self):
         return sorted(vars(self))
 
+    def __reduce__(self):
+        return types.SimpleNamespace, (), vars(self)
+
+    def __getattribute__(self, name):
+        kernel = object.__getattribute__(self, KERNEL)
+        if name in kernel.awaited:
+            kernel.collect()
+        return object.__getattribute__(self, name)
+
     def __getattr__(self, name):
-        if name.startswith("_"):  # copy and pickle look for theirs before there is a name
-            raise AttributeError(name)
-        raise AttributeError(f"{self.__name} has no variable {name!r} here; "
-                             f"there are: {', '.join(dir(self)) or 'none'}")
+        error = AttributeError(f"no variable {name!r} in {self!r}")
+
+        def without_this_frame():
+            last = error.__traceback__
+            while last.tb_next.tb_next:
+                last = last.tb_next
+            last.tb_next = None
+            return get_ipython().InteractiveTB.structured_traceback(
+                AttributeError, error, error.__traceback__)
+        error._render_traceback_ = without_this_frame
+        raise error
 
 
-NAME, SPEC = "_KernelNamespace__name", "_KernelNamespace__spec"
+KERNEL = "_KernelNamespace__kernel"
 
+
+class Kernel:
+    """What NAME stands for: a process, the sockets to it, and what is done with it now."""
+
+    def __init__(self, magics, name):
+        self.magics, self.name, self.spec = magics, name, name
+        self.namespace, self.screen = KernelNamespace(self), Screen(magics.shell, False)
+        self.steps = self.failure = None     # what is done with it, and what that came to
+        self.since, self.awaited = None, ()  # of a run in the background, until its end is told
+        self.reset()
+
+    def reset(self):
+        """There is no process."""
+        self.manager = self.client = self.launched = self.death = None  # attached: no manager
+        self.monitor = self.beat = None         # of the connection; of the heart, while asked
+        self.language = self.protocol = None    # pickle's highest over there, if it is Python
+        self.sockets, self.unanswered = {}, {}  # by channel; the ids of requests, in order
+        self.file_seen = self.stderr = None     # state of the connection file that was read
+        self.broken = self.checked = 0          # when the connection broke, was seen to work
+        self.set_up = self.heard = 0            # is the remote side there; did messages come
+
+    # its process
+
+    def later(self, coroutine):
+        """Future of `coroutine`, which runs beside us."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def stop(self, grace=0, patience=2):
+        """Future of the end of the process: it has `grace` seconds after a shutdown_request, if
+        any, which a busy one would not heed, and `patience` after SIGTERM: srun that is killed
+        at once would leave its job in the queue. An attached kernel is left alone: None."""
+        manager, client, launched, stderr = self.manager, self.client, self.launched, self.stderr
+        grace = 0 if self.unanswered else grace
+
+        async def gone():
+            while await manager.is_alive():
+                await asyncio.sleep(0.05)
+
+        async def end():
+            await asyncio.gather(asyncio.wrap_future(launched), return_exceptions=True)
+            try:
+                if grace and client:
+                    manager._close_control_socket()  # the connection file was followed
+                    manager.ip, manager.control_port = client.ip, client.control_port
+                    await manager.request_shutdown()
+                for act, seconds in (None, grace), ("terminate", patience), ("kill", 5):
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        if act and await manager.is_alive():
+                            await asyncio.wait_for(getattr(manager.provisioner, act)(), 5)
+                        await asyncio.wait_for(gone(), seconds)
+                if await manager.is_alive():
+                    raise TimeoutError("it could not be killed")
+            finally:
+                stderr.close()
+                await manager.cleanup_resources()
+        if self.running:
+            self.disconnect()
+            self.reset()
+        if launched and manager:
+            self.magics.ends = [each for each in self.magics.ends if not each.done()]
+            self.magics.ends.append(self.later(end()))
+            return self.magics.ends[-1]
+
+    @property
+    def running(self):
+        return self.launched is not None
+
+    @property
+    def exited(self):
+        """Whether its local process, where its provisioner has one, has ended."""
+        process = getattr(getattr(self.manager, "provisioner", None), "process", None)
+        return process is not None and process.poll() is not None
+
+    async def ended(self):
+        """How the kernel ended, or None while it runs, as far as is known. May take long."""
+        if not self.manager:
+            host, port = self.client.ip, self.client.shell_port
+            try:
+                _, writer = await asyncio.wait_for(
+                    asyncio.open_unix_connection(f"{host}-{port}") if self.client.transport == "ipc"
+                    else asyncio.open_connection(host, port), 5)
+                return writer.close()
+            except (ConnectionRefusedError, FileNotFoundError):
+                return "nothing listens at its address"
+        process = getattr(self.manager.provisioner, "process", None)  # it may be forgotten
+        if await self.manager.is_alive():
+            return None
+        code = getattr(process, "returncode", None)
+        names = {-each: f"killed by {each.name}" for each in signal.Signals}
+        return "its process is gone" if code is None else names.get(code, f"exit code {code}")
+
+    def last_words(self):
+        """What the process said on stderr at the end: it explains a failed start."""
+        if not self.stderr:
+            return ""
+        self.stderr.seek(max(0, self.stderr.seek(0, os.SEEK_END) - 2000))
+        return " | ".join([line.strip() for line in self.stderr if line.strip()][-3:])
+
+    # its messages
+
+    def connect(self):
+        """Open the sockets, unless the connection file is what it was, or half written."""
+        path = self.manager.connection_file if self.manager else self.spec
+        seen = os.stat(path).st_mtime_ns, os.stat(path).st_size
+        if seen == self.file_seen:
+            return False
+        client = BlockingKernelClient(context=self.magics.context, connection_file=path)
+        try:
+            client.load_connection_file()
+        except ValueError:
+            return False
+        self.disconnect()
+        self.client, self.file_seen, self.session = client, seen, client.session.session
+        client.start_channels(hb=False)
+        self.sockets = {channel: getattr(client, f"{channel}_channel").socket
+                        for channel in ("iopub", "shell", "stdin", "control")}
+        self.monitor = self.sockets["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.widgets = Widgets(self.magics.shell, self.from_front_end)
+        return True
+
+    def disconnect(self):
+        if self.monitor:
+            self.sockets["shell"].disable_monitor()
+            self.monitor.close(linger=0)
+            self.client.stop_channels()
+        if self.beat:
+            self.beat.close()
+        self.sockets, self.monitor, self.beat = {}, None, None
+
+    def send(self, channel, kind, content, **more):
+        return self.client.session.send(self.sockets[channel], kind, content, **more)
+
+    def ask(self, kind, content, **more):
+        """Send a request on the shell channel; its `Answer`, to be heard."""
+        try:
+            msg_id = self.send("shell", kind, content, **more)["header"]["msg_id"]
+        except Exception as error:  # a lone surrogate, say
+            raise Failed(type(error).__name__, str(error)) from None
+        self.unanswered[msg_id] = kind
+        return Answer(self, msg_id)
+
+    def listen(self, answer=None):
+        """Take in what has come, up to 100 messages a channel; says how many. What is not
+        signed by this kernel is as if it had never come."""
+        answer, self.heard = answer or Answer(self), 0
+        if self.monitor and self.monitor.poll(0):
+            self.monitor.recv_multipart()
+            self.broken = time.monotonic()
+        for channel, each in self.sockets.items():
+            for _ in range(100):
+                try:
+                    message = self.client.session.recv(each, copy=False)[1]
+                except Exception:
+                    continue
+                if message is None:
+                    break
+                self.heard += 1
+                answer.hear(channel, message)
+        return self.heard
+
+    def listen_on(self, seconds, answer=None):
+        """Take in what comes, until nothing has come for so long; for a second at most."""
+        deadline = time.monotonic() + 1
+        while self.sockets and time.monotonic() < deadline and (
+                self.listen(answer) or self.sockets["iopub"].poll(seconds * 1000)):
+            pass
+        self.screen.finish(self.name)
+
+    # what is done with it
+
+    def step(self, value=None):
+        """Go on with its generator, with an answer to its question, or with what makes it
+        `Failed`. It yields what it waits for: None, a text that is worth telling, the
+        (prompt, is it a password) of a question, or the others, at a BARRIER."""
+        try:
+            if self.steps:
+                act = self.steps.throw if isinstance(value, Failed) else self.steps.send
+                self.waits_for = act(value)
+        except StopIteration:
+            self.steps = self.waits_for = None
+        except Failed as failed:
+            self.steps, self.waits_for, self.failure = None, None, Failure(*failed.args)
+
+    def from_front_end(self, kind, message):
+        """What the front end says to a widget goes to the kernel. As with a local widget,
+        the notebook waits until it has dealt with that, but not for one that is busy."""
+        lock, more = self.magics.lock, {key: message[key] for key in ("buffers", "metadata")}
+        if self.sockets and not lock.acquire(blocking=False):  # a call is on, in another thread
+            asyncio.get_running_loop().call_later(0.1, self.from_front_end, kind, message)
+        elif self.sockets:
+            try:
+                if self.steps or self.unanswered:
+                    self.ask(kind, message["content"], **more)
+                else:
+                    self.steps = request(self, kind, message["content"], **more)
+                    with Driver(self.magics, self.screen) as driver:
+                        driver.drive([self])
+            finally:
+                lock.release()
+
+    def tend(self):
+        """Go on with a run in the background: in a notebook between the cells, with its output
+        under this one; elsewhere, whoever waits for it does so."""
+        async def go_on(steps, nap=0):
+            while steps and self.steps is steps:
+                if self.magics.lock.acquire(blocking=False):
+                    try:
+                        self.step()
+                    finally:
+                        self.magics.lock.release()
+                nap = 0 if self.heard else min(0.1, nap + 0.02)
+                await asyncio.sleep(nap)
+            if self.since and not self.steps:  # no later call has dealt with it
+                self.since = None
+                if self.failure:
+                    error = RemoteError({self.name: self.failure}, self.screen.labelled)
+                    self.magics.shell.showtraceback((RemoteError, error, None))
+        if self.screen.notebook:
+            with contextlib.suppress(RuntimeError):  # a thread has no running loop
+                self.task = asyncio.get_running_loop().create_task(go_on(self.steps))
+
+    def collect(self):
+        """Wait for a run in the background, one of whose outputs is asked for; raises the
+        RemoteError that it came to. Ctrl-C ends only the waiting."""
+        with self.magics.lock, Driver(self.magics, self.screen) as driver:
+            driver.drive([self], only_wait=True)
+        self.since = None
+        if self.failure:
+            raise RemoteError({self.name: self.failure}, self.screen.labelled)
+
+
+class Answer:
+    """What is heard of one request, and what it means (Jupyter messaging protocol 5.3).
+    It is complete when its reply and its idle status have come, in whatever order."""
+
+    def __init__(self, kernel, msg_id=None):
+        self.kernel, self.msg_id = kernel, msg_id
+        self.reply = self.outputs = None  # its content; data and buffers of our comm message
+        self.question = self.failure = None
+        self.error = None    # one that was published; the reply may repeat it
+        self.probes = set()  # later requests, whose answer tells that this one's was lost
+        self.interrupt_answered = False
+
+    def fail(self, ename, evalue, traceback=()):
+        self.failure = self.failure or Failure(ename, evalue, list(traceback))
+
+    def hear(self, channel, message):
+        """Take in a message. A malformed one is a failure, never an exception."""
+        try:
+            kind, content = message["msg_type"], message["content"]
+            parent, unanswered = message["parent_header"] or {}, self.kernel.unanswered
+            msg_id = parent.get("msg_id")
+            ours = msg_id is not None and msg_id == self.msg_id
+            if kind == "interrupt_reply":
+                self.interrupt_answered = True
+            elif kind == "input_request" and ours:
+                self.question = str(content["prompt"]), bool(content.get("password"))
+            elif channel == "shell" and self.reply is None:
+                if ours:
+                    self.take(content)
+                elif msg_id in self.probes:
+                    self.reply = {}
+                    self.fail("LostReplyError", "the connection broke, and the reply was lost; the "
+                              "kernel has its state and is free")
+            elif kind == "status":
+                if content["execution_state"] == "idle" and msg_id in unanswered:
+                    while msg_id in unanswered:  # kernels work in order
+                        del unanswered[next(iter(unanswered))]
+            elif kind == "comm_msg" and "remote_exec" in dict(content["data"] or {}):
+                if ours and self.outputs is None:
+                    self.outputs = content["data"]["remote_exec"], list(message["buffers"])
+            elif channel == "iopub" and parent.get("session") == self.kernel.session:
+                self.show(kind, content, ours, message)
+        except Exception as error:
+            self.fail("ProtocolError", f"{channel} message: {type(error).__name__}: {error}")
+
+    def take(self, reply):
+        """The reply, and in it that of the expression which sends the outputs."""
+        self.reply = {}
+        expressions = dict(reply.get("user_expressions") or {})
+        for part in (reply, expressions.get("remote_exec") or {}):
+            if part.get("status", "ok") != "ok":  # "aborted" has no more to say
+                self.fail(str(part.get("ename") or "AbortedError"), str(part.get(
+                    "evalue", "nothing ran, since another client's code failed before it")),
+                    map(str, part.get("traceback") or []))
+        for payload in reply.get("payload") or []:
+            if payload.get("source") == "page":
+                page.page(payload["data"]["text/plain"])
+        self.reply = dict(reply)
+
+    def show(self, kind, content, ours, message):
+        """An output, in this session's notebook or terminal."""
+        name, screen, widgets = self.kernel.name, self.kernel.screen, self.kernel.widgets
+        if kind.startswith("comm_"):
+            widgets.hear(kind, content, message)
+            return
+        if widgets.catching:
+            screen = widgets.screen
+            widgets.catch(widgets.shell.kernel.get_parent()["header"]["msg_id"])
+        if ours:
+            self.show_error()  # it was not the last: the code went on
+        if kind == "stream":
+            screen.stream(name, content["name"], content["text"])
+        elif kind in ("display_data", "execute_result", "update_display_data"):
+            screen.display(name, kind, content)
+        elif kind == "clear_output":
+            screen.clear(bool(content.get("wait")))
+        elif kind == "error":
+            self.error = dict(content, traceback=[*map(str, content["traceback"])])
+            if not ours:
+                self.show_error()
+        if widgets.catching:
+            widgets.catch("")
+
+    def show_error(self):
+        if self.error:
+            self.kernel.screen.error(self.kernel.name, self.error)
+        self.error = None
+
+
+# ---- what is done with a kernel -------------------------------------------
+
+BARRIER = "waits for the others"
+SILENCE = 1       # seconds without a message after which we ask whether the kernel lives
+HALF_SILENCE = 1  # seconds to wait for the other half of an answer, before we ask for it
+ASK_AGAIN = 3     # seconds between two such questions
+HEARTBEAT = 2     # seconds of silence after which its heartbeat is asked
+NO_MESSAGE = 2    # seconds after which an interrupt that was not answered is sent as a signal
+HEEDLESS = 5      # seconds that late code has to heed its interrupt
+
+
+def request(kernel, kind, content, **more):
+    """One request, from its sending to its complete `Answer`, which it returns. Raises
+    `Failed` with what went wrong over there, or on the way. Thrown in, that interrupts the
+    code (protocol, "Kernel interrupt"); a second Ctrl-C leaves the kernel busy."""
+    answer = kernel.ask(kind, content, **more)
+    answer.reply = {} if kind.startswith("comm_") else None  # those have none
+    sent = heard = time.monotonic()
+    asked = probed = pinged = 0   # when it was asked whether it lives, and for its answer
+    dying = note = None           # the question whether it lives; what is told of the waiting
+    hurry, interrupted, late = None, 0, False  # why it was interrupted, and when
+    while True:
+        came = kernel.listen(answer)
+        if answer.reply is not None and not kernel.unanswered and (
+                not hurry or answer.interrupt_answered):
+            break
+        if not kernel.sockets:
+            raise Failed("ShutdownError", "the kernel was shut down")
+        now = time.monotonic()
+        heard = now if came else heard
+        silent, broken = now - heard, kernel.broken > max(sent, probed)
+
+        # does it live?
+        if dying is None and (kernel.exited or now - asked > ASK_AGAIN and (
+                silent > SILENCE or broken)):
+            dying, asked = kernel.later(kernel.ended()), now
+        if dying is not None and dying.done():
+            kernel.death, dying = None if dying.exception() else dying.result(), None
+            if kernel.death:
+                kernel.listen_on(0.2, answer)
+                if answer.reply is not None and answer.msg_id not in kernel.unanswered:
+                    break
+                # what starts a kernel somewhere else may have told why it ended there
+                words = kernel.last_words() if kernel.client.transport != "ipc" else ""
+                raise Failed("DeadKernelError", f"the kernel died ({kernel.death}); " + (
+                    "the next cell that names it starts it anew" if kernel.manager else
+                    "it was not started here") + (words and f" [{words}]"))
+
+        # was the reply lost, or the idle status? The answer to a later request tells
+        half = (answer.reply is None) == (not kernel.unanswered)
+        patience = HALF_SILENCE * (1 if kind == "execute_request" else 0.2)
+        if (broken or half and silent > patience) and now - probed > ASK_AGAIN:
+            answer.probes.add(kernel.ask("kernel_info_request", {}).msg_id)
+            probed = now
+
+        # does the network live? (protocol, "Heartbeat for kernels")
+        if kernel.beat and kernel.beat.poll(0):
+            kernel.beat, note, heard = kernel.beat.close(), None, now
+        elif silent > HEARTBEAT and not kernel.beat:
+            kernel.beat, pinged = kernel.client.connect_hb(), now
+            kernel.beat.linger = 0
+            kernel.beat.send(b"ping")
+        elif kernel.beat and now - pinged > HEARTBEAT:
+            note = "does not answer since " + time.strftime(
+                "%H:%M:%S", time.localtime(time.time() - silent))
+
+        # does it heed the interrupt?
+        if hurry and not answer.interrupt_answered and now - interrupted > NO_MESSAGE:
+            answer.interrupt_answered = True  # ipykernel before 6 heeds the signal alone
+            if kernel.manager:
+                kernel.later(kernel.manager.signal_kernel(signal.SIGINT))
+        if late and now - interrupted > HEEDLESS:
+            raise Failed("TimeoutError", f"{hurry.args[1]}, ignores the interrupt; -s replaces it")
+        if answer.question and came:
+            kernel.listen_on(0.05, answer)  # what was printed before stands before
+        try:
+            value = yield answer.question or note
+            if value is not None:
+                kernel.send("stdin", "input_reply", {"value": value})
+                answer.question, heard = None, time.monotonic()
+        except Failed as error:
+            if kind == "kernel_info_request":
+                raise
+            if hurry and not late:
+                raise Failed("KeyboardInterrupt", "still busy, -s replaces") from None
+            if answer.reply is None or error.args[0] == "KeyboardInterrupt":
+                # the limit is one for the code, not for the journey of the outputs
+                hurry, interrupted, late = error, now, error.args[0] == "TimeoutError"
+                answer.interrupt_answered, answer.question = False, None
+                kernel.send("control", "interrupt_request", {})
+
+    kernel.screen.finish(kernel.name)
+    ename, evalue, lines = answer.failure or ("", "", [])
+    if late:
+        ename, evalue = "TimeoutError", f"{hurry.args[1]}; interrupted"
+    elif hurry and ename == "LostReplyError":  # the kernel never sent it
+        ename, evalue = "KeyboardInterrupt", "stopped"
+    if ename:
+        raise Failed(ename, evalue, lines or (answer.error or {}).get("traceback", []))
+    answer.show_error()
+    return answer
+
+
+def execute(kernel, code="", expression="", silent=True, **more):
+    """A request that executes code and then an expression (protocol, "Execute")."""
+    return request(kernel, "execute_request", {
+        "code": code, "silent": silent, "store_history": not silent,
+        "user_expressions": {"remote_exec": expression} if expression else {},
+        "allow_stdin": getattr(getattr(kernel.magics.shell, "kernel", None), "_allow_stdin", True),
+        "stop_on_error": False}, **more)
+
+
+def start(kernel):
+    """Have a kernel started, and learn what it is (protocol, "Kernel info"). Until it answers,
+    its connection file is followed: a batch job may write there on which node it runs."""
+    magics, steps, answer = kernel.magics, None, None
+    kernel.reset()
+    kernel.loop = magics.loop("local")
+    try:
+        magics.check_open_files()
+        if kernel.spec.endswith(".json"):  # it runs already
+            kernel.launched = kernel.later(asyncio.sleep(0))
+        else:
+            spec = magics.kernelspecs.get_kernel_spec(kernel.spec)
+            if "kernel_provisioner" in spec.metadata:  # not jupyter_client's own, it may block
+                kernel.loop = magics.loop(kernel.name)
+            kernel.manager = AsyncKernelManager(
+                kernel_name=kernel.spec, kernel_spec_manager=magics.kernelspecs,
+                config=magics.connection_config(spec),
+                log=logging.Logger("remote_exec", logging.CRITICAL + 1),  # to nowhere
+                context=zmq.asyncio.Context.shadow(magics.context.underlying),
+                connection_file=os.path.join(jupyter_runtime_dir(), f"kernel-{uuid.uuid4()}.json"))
+            # here a kernel's own output would show a second time, and unlabelled
+            kernel.stderr = tempfile.TemporaryFile("w+", errors="backslashreplace")
+            kernel.launched = kernel.later(kernel.manager.start_kernel(
+                stdout=subprocess.DEVNULL, stderr=kernel.stderr))
+        while not answer:
+            if kernel.launched.done():
+                kernel.launched.result()
+                if kernel.connect():
+                    steps = request(kernel, "kernel_info_request", {})
+            try:
+                yield next(steps) if steps else None
+            except StopIteration as stop:
+                answer = stop.value
+        language = dict(answer.reply.get("language_info") or {})
+        version = tuple(map(int, re.findall(r"\d+", str(language.get("version")))[:2]))
+        if language.get("name") == "python":
+            kernel.protocol = 5 if version >= (3, 8) else 4 if version >= (3, 4) else 2
+        kernel.language, kernel.checked = str(language.get("name")), time.monotonic()
+    except Exception as error:
+        ename, cause = error.args[:2] if isinstance(error, Failed) else (
+            type(error).__name__, str(error))
+        if ename == "TimeoutError" and kernel.client:
+            cause += f"; nothing answers at {kernel.client.ip}, as its connection file has it"
+        if ename != "KeyboardInterrupt":
+            cause = ": ".join(filter(None, (
+                "could not start", kernel.death or cause, kernel.last_words())))
+        raise Failed(ename, cause) from None
+    finally:
+        if not kernel.language:
+            kernel.stop()
+
+
+class Driver:
+    """Goes on with what is done with kernels, with one limit, and one Ctrl-C, for all of them,
+    which is counted while this is entered."""
+
+    def __init__(self, magics, screen):
+        self.magics, self.screen = magics, screen
+        self.presses = self.heeded = 0
+        self.previous = None
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):  # not the main thread: Ctrl-C doesn't come here
+            self.previous = signal.signal(signal.SIGINT, self.on_interrupt)
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+        if kind is KeyboardInterrupt or kind is None and self.presses > self.heeded:
+            final = KeyboardInterrupt(str(error or "all was done"))
+            final._render_traceback_ = lambda: [f"KeyboardInterrupt: {final}"]
+            raise final from None
+
+    def on_interrupt(self, signum, frame):
+        self.presses += 1
+        while frame and frame.f_code not in WORK_HERE:
+            frame = frame.f_back
+        if frame:
+            raise KeyboardInterrupt
+
+    def drive(self, kernels, doing="waiting for", stopped="stopped", limit=None, late=(),
+              only_wait=False):
+        """Go on with the `kernels` until each is at the BARRIER, or done. Those that are not
+        after `limit` seconds are thrown the failure `late`, and at each Ctrl-C one that says
+        `stopped`; with `only_wait`, that ends the waiting alone."""
+        begin = told = stepped = time.monotonic()
+        waiting = kernels = [kernel for kernel in kernels if kernel.steps]
+        ready = waiting if self.presses == self.heeded else ()  # it came between two phases
+        while waiting:
+            for kernel in ready:
+                kernel.step()
+            now, hurries = time.monotonic(), []
+            if limit and now - begin > limit:
+                limit, hurries = None, [Failed(*late)]
+            while self.presses > self.heeded:
+                if only_wait:
+                    raise KeyboardInterrupt(f"{some(waiting)} not waited for")
+                self.heeded += 1
+                hurries.append(Failed("KeyboardInterrupt", stopped))
+            for kernel in waiting:
+                for hurry in hurries:
+                    kernel.step(hurry)
+                if isinstance(kernel.waits_for, tuple) and self.presses == self.heeded:
+                    self.put_question(kernel)
+            waiting = [each for each in waiting if each.steps and each.waits_for != BARRIER]
+            if waiting and now - told > 1:  # tell who is waited for, and since when
+                told = now
+                self.screen.file.flush()
+                notes = [f"; {each.name} {each.waits_for}" for each in waiting
+                         if isinstance(each.waits_for, str)]
+                if now - begin > 3 and (len(kernels) > 1 or notes or not waiting[0].language):
+                    ready = some(kernel for kernel in kernels if kernel not in waiting)
+                    self.screen.status(f"{doing} {some(waiting)} ({now - begin:.0f} s)" + "".join(
+                        notes[:3]) + (ready and f"; ready: {ready}"))
+            owners = {each: kernel for kernel in waiting for each in kernel.sockets.values()}
+            if owners:
+                pause = 100 if all(kernel.sockets for kernel in waiting) else 20
+                ready = {owners[each] for each, _ in zmq.zmq_poll(
+                    [(each, zmq.POLLIN) for each in owners], pause)}
+            elif waiting:  # a poll of nothing would not wait
+                ready = time.sleep(0.02)
+            if not ready or time.monotonic() - stepped > 0.1:
+                stepped, ready = time.monotonic(), waiting
+        self.screen.status("")
+        self.screen.file.flush()
+
+    def put_question(self, kernel):
+        """Ask here what the kernel asks."""
+        prompt, password = kernel.waits_for
+        self.screen.finish(kernel.name)
+        self.screen.file.flush()
+        try:
+            kernel.step(ask_user(label(kernel.name, prompt, self.screen.labelled), password))
+        except EOFError:
+            kernel.step("\x04")
+        except KeyboardInterrupt:
+            self.presses = max(self.presses, self.heeded + 1)
+
+
+def ask_user(prompt, password):
+    return (getpass.getpass if password else builtins.input)(prompt)
+
+
+WORK_HERE = {work.__code__ for work in (pack, unpack, ask_user)}  # that Ctrl-C ends at once
+
+
+def some(kernels):
+    """Their names, but not a hundred of them."""
+    return textwrap.shorten(", ".join(kernel.name for kernel in kernels), 90, placeholder=" ...")
+
+
+# ---- a call ---------------------------------------------------------------
+
+class Call(Driver):
+    """One call of the magic: what its line says, and its steps in their order."""
+
+    def __init__(self, magics, options, code, local_ns):
+        """Raises UsageError before anything is done."""
+        self.namespaces = local_ns, magics.shell.user_ns
+        self.has_code, self.replace = bool(code.strip()), "s" in options
+        self.background, self.only_stops = "b" in options, self.replace and not self.has_code
+        targets = parse_targets(self.entries(options.get("k")))
+        super().__init__(magics, Screen(magics.shell, len(targets) > 1))
+        self.outputs, inputs, pushes = (
+            parse_names(option, options[option]) if option in options else [] for option in "oip")
+        self.timeout = parse_seconds(options["t"]) if "t" in options else None
+        if self.only_stops and (self.outputs or pushes):
+            raise UsageError("-s leaves no kernel for -o or -p, unless there is code to run")
+        if self.background and (self.timeout or not self.has_code):
+            raise UsageError("-b needs code, and no -t; -t in a call without code waits for it")
+        values = {name: self.local(name, "i") for name in inputs}
+        self.push = {name: self.local(name, "p") for name in pushes}
+        self.plans = []
+        for name, (spec, directory) in targets.items():
+            kernel = magics.kernel(name, spec)
+            spec = self.only_stops or magics.spec(kernel, spec, self.replace)
+            self.plans.append((kernel, spec, directory, substitute(code, name, values)))
+        self.kernels = [kernel for kernel, *_ in self.plans]
+        self.packed = {}  # what is pushed, by pickle protocol
+
+    def entries(self, text):
+        """The entries of -k, or of the local variable that it names in braces."""
+        if not text:
+            raise UsageError("-k NAME[=SPEC][:DIRECTORY],... is missing; see %remote_exec?")
+        if not re.fullmatch(r"\{\w+\}", text):
+            return text.split(",")
+        value = self.local(text[1:-1], "k")
+        if isinstance(value, str):
+            return re.split(r"[,\s]+", value.strip())
+        if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value):
+            return list(value)
+        raise UsageError(f"-k {text}: needs a string or a list of strings, not {value!r:.60}")
+
+    def local(self, name, option):
+        """The value of a local variable: the caller's, else the user's."""
+        name = unicodedata.normalize("NFKC", name)
+        for namespace in self.namespaces:
+            if name in namespace:
+                return namespace[name]
+        raise UsageError(f"-{option}: there is no local variable {name!r}")
+
+    def run(self):
+        """All steps. Raises UsageError, RemoteError, KeyboardInterrupt."""
+        limit, together = self.magics.startup_timeout, (len(self.kernels) - 1) / 2  # on few cores
+        late = "TimeoutError", f"still busy after {self.timeout or 0:g} s"
+        with self:
+            if self.push:
+                self.pack(pickle.HIGHEST_PROTOCOL)  # what can't go is told before anything is done
+            self.magics.kernels.update({kernel.name: kernel for kernel in self.kernels})
+            for kernel, *plan in self.plans:
+                kernel.steps = self.serve(kernel, kernel.steps, *plan)
+            try:
+                self.phase(limit=self.timeout, late=late)  # for what runs in the background
+                self.phase("stopping", "not waited for", 15,
+                           ("ShutdownError", "may still run: it does not answer"))
+                self.phase("starting", "not started", limit + together, (
+                    "TimeoutError", f"not ready after {limit:g} s "
+                    "(c.RemoteExecMagics.startup_timeout)"))
+                if not self.only_stops:
+                    self.namespaces[1].update({each.name: each.namespace for each in self.kernels})
+                self.phase("preparing", limit=self.timeout and max(self.timeout, limit), late=late)
+                if self.background:
+                    for kernel in self.kernels:
+                        kernel.since = time.strftime("running since %H:%M:%S")
+                        kernel.awaited = self.outputs
+                        kernel.step()
+                        kernel.tend()
+                else:
+                    self.phase(limit=self.timeout, late=late)
+            finally:
+                for kernel in self.kernels:
+                    if kernel.steps and not kernel.since:
+                        kernel.steps = kernel.steps.close()
+
+    def phase(self, *arguments, **options):
+        """Bring all kernels to the next BARRIER; raise what they, taken together, came to."""
+        self.drive(self.kernels, *arguments, **options)
+        failures = {kernel.name: kernel.failure for kernel in self.kernels if kernel.failure}
+        for kernel in self.kernels:
+            kernel.since = None
+            if kernel.failure and kernel.death:
+                kernel.stop()
+        if self.heeded:
+            stopped = {}
+            for name in [*failures]:
+                if failures[name].ename == "KeyboardInterrupt":
+                    _, what, lines = failures.pop(name)
+                    stopped.setdefault("stopped" if lines else what, []).append(name)
+            if failures:
+                self.say("\n".join(RemoteError(
+                    failures, self.screen.labelled)._render_traceback_()))
+            raise KeyboardInterrupt("; ".join(
+                f"{', '.join(names)} {what}" for what, names in stopped.items())
+                or "no kernel stopped")
+        if failures:
+            raise RemoteError(failures, self.screen.labelled)
+
+    def serve(self, kernel, earlier, spec, directory, code):
+        """All that one kernel goes through; at each BARRIER it waits for the others."""
+        # what it printed since the last call is shown, what it runs is waited for
+        kernel.screen = self.screen
+        if earlier and not self.replace:
+            yield from earlier
+        elif kernel.failure and kernel.since and not self.replace:
+            raise Failed(*kernel.failure)
+        kernel.since, kernel.awaited, kernel.failure = None, (), None
+        kernel.listen_on(0)
+        yield BARRIER
+
+        # it may have ended, or been restarted by its owner, since it was seen to work
+        suspect = kernel.running and (kernel.exited or kernel.broken > kernel.checked)
+        if self.replace:
+            end = kernel.stop(getattr(kernel.manager, "shutdown_wait_time", 0) / 2)
+            while end and not end.done():
+                yield
+            if end and end.exception():
+                raise Failed("ShutdownError", f"may still run: {end.exception()!r}")
+        elif kernel.unanswered and not suspect:  # what was given up must have ended by now
+            kernel.ask("kernel_info_request", {})
+            deadline = time.monotonic() + 1
+            while kernel.unanswered:
+                if time.monotonic() > deadline:
+                    raise UsageError(f"{kernel.name} is still busy; wait, or replace it with -s")
+                yield kernel.listen_on(0)
+        yield BARRIER
+
+        if self.only_stops:
+            return
+        if suspect and not self.replace:
+            try:
+                answer = yield from execute(
+                    kernel, expression="'_remote_exec' in __import__('sys').modules")
+                if kernel.set_up and "True" not in str(answer.reply["user_expressions"]):
+                    kernel.set_up = False
+                    self.say(f"{kernel.name} was restarted by others; what it held is gone")
+                kernel.checked = time.monotonic()
+            except Failed:
+                if not kernel.manager or not kernel.death:
+                    raise
+                self.say(f"{kernel.name} had died ({kernel.death}) and is started anew")
+                kernel.stop()
+        kernel.spec = spec
+        if not kernel.running:
+            try:
+                yield from start(kernel)
+            except Failed as error:  # over TCP, a stranger may take a port before it does
+                if "Address already in use" not in error.args[1]:
+                    raise
+                yield from start(kernel)
+        yield BARRIER
+
+        if kernel.protocol is None and (directory or self.push or self.outputs):
+            raise UsageError(f"{kernel.name} runs {kernel.language}: -o, -p and :DIRECTORY need a "
+                             "Python kernel")
+        if kernel.protocol and (directory or self.push or not kernel.set_up):
+            parts, frames = self.pack(kernel.protocol) if self.push else ([], None)
+            yield from execute(kernel, "" if kernel.set_up else SETUP_CODE,
+                               remote_call(prepare, directory, parts), buffers=frames)
+            kernel.set_up, frames = True, None
+        yield BARRIER
+
+        self.packed = self.push = None  # a run in the background keeps no objects alive
+        names = self.outputs
+        if self.has_code or self.outputs:
+            fetch = names and remote_call(send, names, kernel.protocol, not kernel.manager)
+            answer = yield from execute(kernel, code, fetch, silent=not code.strip())
+        if names:
+            if answer.outputs is None:
+                raise Failed("LostReplyError", "the outputs were lost; fetch them without code")
+            (parts, failures), frames = answer.outputs
+            try:
+                values, more = unpack(parts, frames)
+            except KeyboardInterrupt:
+                raise Failed("KeyboardInterrupt", "not loaded here") from None
+            vars(kernel.namespace).update({name: values[name] for name in names if name in values})
+            kernel.awaited = [name for name in kernel.awaited if name not in values]
+            if failures or more:
+                (ename, evalue), *rest = map(tuple, failures + more)
+                raise Failed(ename, "; ".join([evalue, *map("{0[0]}: {0[1]}".format, rest)]))
+
+    def pack(self, protocol):
+        """(parts, frames) of what is pushed."""
+        if protocol not in self.packed:
+            *self.packed[protocol], failures = pack(self.push, protocol)
+            if failures:
+                raise UsageError(f"-p: can't pickle {failures[0][1]}")
+        return self.packed[protocol]
+
+    def say(self, text):
+        self.screen.write(sys.stderr, text + "\n")
+
+
+# ---- the magic ------------------------------------------------------------
 
 @magics_class
 class RemoteExecMagics(Magics):
@@ -963,11 +1366,14 @@ class RemoteExecMagics(Magics):
 
     def __init__(self, shell, **options):
         super().__init__(shell, **options)
-        self.kernels, self.namespaces = {}, {}  # by NAME
-        self.ending = []  # futures of the stops, which the session's end waits for
+        self.kernels = {}    # by NAME; also those that were shut down
+        self.ends = []       # futures, which the session's end waits for
+        self.loops = {}      # where the kernels' processes are looked after
+        self.sockets = None  # the directory of Unix sockets
         self.context = zmq.Context(io_threads=2)
         self.context.rcvhwm = self.context.sndhwm = 0  # drop nothing, never block
-        self.lock = threading.Lock()
+        self.context.max_sockets = self.context.get(zmq.SOCKET_LIMIT)
+        self.lock = threading.RLock()
         self.pid = os.getpid()
 
     @no_var_expand
@@ -985,12 +1391,10 @@ class RemoteExecMagics(Magics):
         Options come first, `--` ends them; the rest is code, taken verbatim.
 
         -k, --kernels NAME[=SPEC][:DIRECTORY],...
-            The kernels. NAME is the variable that will hold what comes back.
-            SPEC picks the kernelspec: its name, a part of it that no other has,
-            or with _ for anything; without SPEC, the last one that NAME had, or
-            NAME itself. SPEC ending in .json is the connection file of a running
-            kernel, which is used and never shut down. DIRECTORY is the working
-            directory there, until it restarts. `-k {names}` takes the targets from
+            The kernels. What comes back is in the variable NAME. SPEC picks the
+            kernelspec (a part of its name will do, _ stands for anything), or is the
+            .json connection file of a kernel that runs, which is never shut down.
+            DIRECTORY is where the kernel works from now on. `-k {names}` takes them from
             a variable: a string, or a list of strings, which may have blanks.
         -o, --output NAMES
             Variables to bring back, as NAME.variable.
@@ -1003,338 +1407,153 @@ class RemoteExecMagics(Magics):
             Shut the kernels down; with code, restart them and run it.
         -t, --timeout SECONDS
             Interrupt what is still busy then.
+        -b, --background
+            Return at once. What -o names is waited for where it is used, and all of it
+            by the next call that names the kernel.
         -l, --list
             List the running kernels, and the kernelspecs there are.
 
-        Kernels start when first named, work at the same time, and keep their
-        state from cell to cell. Ctrl-C interrupts them; a second one gives the
-        prompt back at once. What went wrong over there is a `RemoteError`,
-        whose `.failures` maps NAME to (ename, evalue, traceback).
+        Kernels start when first named, work at the same time, and keep their state.
+        Ctrl-C interrupts them; a second one gives the prompt back at once. What went
+        wrong is a `RemoteError`, whose `.failures` maps NAME to (ename, evalue, traceback).
 
-        Examples
-        --------
         ::
 
-            In [1]: %load_ext remote_exec
+            %%remote_exec -k kernel1=py3:/data/run7,kernel2=far:/scratch -i filenames -o x,y
+            x, y = __import__("numpy").loadtxt("{filenames}").T
 
-            In [2]: filenames = {'kernel1': 'a.txt', 'kernel2': 'b.txt'}
-
-            In [3]: %%remote_exec -k kernel1=py3:/data/run7,kernel2=far:/scratch -i filenames -o x,y
-               ...: import numpy as np
-               ...: x, y = np.loadtxt("{filenames}").T
-
-            In [4]: plt.plot(kernel1.x, kernel1.y); plt.plot(kernel2.x, kernel2.y)
-
-            In [5]: %remote_exec -k kernel1 -o total total = x.sum()
-
-            In [6]: %remote_exec -k gpu=kernel-1234.json -p data -t 60 fit(data)
-
-            In [7]: %remote_exec -k kernel1,kernel2 -s
+            plt.plot(kernel1.x, kernel1.y); plt.plot(kernel2.x, kernel2.y)
         """
         if not self.lock.acquire(blocking=False):
             raise UsageError("another %remote_exec is still running in this session")
         try:
-            self.call(line, cell, local_ns or {})
-        except KeyboardInterrupt as error:
-            final = KeyboardInterrupt(*error.args)
-            final._render_traceback_ = lambda: [f"KeyboardInterrupt: {final}".rstrip(": ")]
-            raise final from None
+            options, code = parse_line(line)
+            code = "\n".join(part for part in (code, cell) if part)
+            if "l" not in options:
+                Call(self, options, code, local_ns or {}).run()
+            elif code.strip():
+                raise UsageError("-l runs no code")
+            else:
+                print("\n".join(self.listing()))
         finally:
             self.lock.release()
 
-    def call(self, line, cell, local_ns):
-        """What the magic does. Raises UsageError before anything runs."""
-        options, code = parse_line(line)
-        code = "\n".join(part for part in (code, cell) if part)
-        if "l" in options:
-            if code.strip():
-                raise UsageError("-l runs no code")
-            print(self.listing())
-            return
-        outputs, inputs, pushes = (
-            parse_names(option, options[option]) if option in options else [] for option in "oip")
-        if "s" in options and (outputs or pushes) and not code.strip():
-            raise UsageError("-s leaves no kernel for -o or -p, unless there is code to run")
-        timeout = parse_seconds(options["t"]) if "t" in options else None
-        targets = parse_targets(self.entries(options, local_ns))
-        values = {name: self.local(name, "i", local_ns) for name in inputs}
-        push = {name: self.local(name, "p", local_ns) for name in pushes}
-        codes = {name: substitute(code, name, values) for name, _, _ in targets}
-        only_stop = "s" in options and not code.strip()
-        specs = {} if only_stop else {
-            name: self.spec(name, spec, "s" in options) for name, spec, _ in targets}
+    # NAMEs and kernelspecs
 
-        with Call(self.shell, len(targets) > 1) as call:
-            if "s" in options:
-                self.shut_down([name for name in codes if name in self.kernels], call)
-            if only_stop:
-                return
-            self.start(specs, call)
-            self.prepare(targets, push, outputs, timeout, call)
-            self.shell.user_ns.update({name: self.namespaces[name] for name in specs})
-            if code.strip() or outputs:
-                self.execute(codes, outputs, timeout, call)
+    @property
+    def kernelspecs(self):
+        return KernelSpecManager(config=self.shell.config)
 
-    # what the options say
+    def kernel(self, name, spec):
+        """The kernel that NAME stands for, or will; UsageError if it means something else."""
+        kernel = self.kernels.get(name) or Kernel(self, name)
+        value = self.shell.user_ns.get(name, getattr(builtins, name, kernel.namespace))
+        ours = type(value).__name__ == "KernelNamespace" and object.__getattribute__(value, KERNEL)
+        if not ours or ours.name != name:
+            raise UsageError(f"{name} is something else here; try my_{name}={spec or kernel.spec}")
+        if ours is not kernel:  # from before this module was reloaded
+            kernel.namespace, kernel.spec = value, ours.spec
+            object.__setattr__(value, KERNEL, kernel)
+        return kernel
 
-    def entries(self, options, local_ns):
-        """The entries of -k, or of the local variable that it names in braces."""
-        text = options.get("k")
-        if not text:
-            raise UsageError("-k NAME[=SPEC][:DIRECTORY],... says which kernels; %remote_exec? "
-                             "shows all options")
-        if not re.fullmatch(r"\{\w+\}", text):
-            return text.split(",")
-        value = self.local(text[1:-1], "k", local_ns)
-        if isinstance(value, str):
-            return re.split(r"[,\s]+", value.strip())
-        if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value):
-            return list(value)
-        raise UsageError(f"-k {text}: needs a string or a list of strings, not {value!r:.60}")
-
-    def local(self, name, option, local_ns):
-        """The value of a local variable: the caller's, else the user's."""
-        name = unicodedata.normalize("NFKC", name)
-        for namespace in (local_ns, self.shell.user_ns):
-            if name in namespace:
-                return namespace[name]
-        raise UsageError(f"-{option}: there is no local variable {name!r}")
-
-    def spec(self, name, spec, replace):
-        """The full kernelspec name, or connection file, that NAME=SPEC means.
-        UsageError if NAME runs another, or means something else to the user."""
-        running, namespace = self.kernels.get(name), self.namespace(name, spec)
-        wanted = spec or getattr(namespace, SPEC)
-        if running and (not spec or wanted == running.spec):
-            return running.spec
+    def spec(self, kernel, spec, replace):
+        """The full kernelspec name, or connection file, that NAME=SPEC means; UsageError if
+        NAME runs another, which is not to be replaced."""
+        wanted = spec or kernel.spec
+        if kernel.running and wanted == kernel.spec:
+            return kernel.spec
         if wanted.endswith(".json"):
             try:
                 found = find_connection_file(os.path.expanduser(wanted))
             except OSError:
-                raise UsageError(f"-k: there is no connection file {wanted!r}, neither here nor "
-                                 f"in {jupyter_runtime_dir()}") from None
+                raise UsageError(f"-k: there is no connection file {wanted!r}") from None
         else:
-            found = match_spec(wanted, self.find_specs())
-        if running and running.spec != found and not replace:
-            raise UsageError(f"{name} runs {running.spec}; -s replaces it by {found}, or choose "
-                             "another name for that")
+            found = match_spec(wanted, list(self.kernelspecs.find_kernel_specs()))
+        if kernel.running and found != kernel.spec and not replace:
+            raise UsageError(f"{kernel.name} runs {kernel.spec}; -s replaces it by {found}")
         return found
 
-    def find_specs(self):
-        return sorted(KernelSpecManager(config=self.shell.config).find_kernel_specs())
+    # the kernels there are
 
-    def namespace(self, name, spec=""):
-        """What NAME stands for, or will: the same object as ever. UsageError if it
-        means something else to the user."""
-        ours = self.namespaces.get(name) or KernelNamespace(name)
-        value = self.shell.user_ns.get(name, getattr(builtins, name, ours))
-        if type(value).__name__ != "KernelNamespace" or getattr(value, NAME) != name:
-            raise UsageError(f"{name} is already something else here ({type(value).__name__}); "
-                             f"choose another name, like my_{name}={spec or getattr(ours, SPEC)}")
-        return value
+    def loop(self, key):
+        """An asyncio loop that runs in a thread of its own, until the end."""
+        if key not in self.loops:
+            loop = self.loops[key] = asyncio.new_event_loop()
+            threading.Thread(target=lambda: (loop.run_forever(), loop.close()), daemon=True,
+                             name=f"remote_exec {key}").start()
+        return self.loops[key]
 
-    # what happens to kernels
+    def check_open_files(self):
+        """Raise OSError where one kernel more, with those that start, would open too many: ZMQ
+        would wait for ever for what it lacks. The limit is raised as far as it goes."""
+        with contextlib.suppress(ImportError, FileNotFoundError):  # Windows has no such limit
+            import resource
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            soft = max(soft, 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            starting = sum(each.running and not each.language for each in self.kernels.values())
+            if len(os.listdir("/dev/fd")) + 15 * starting + 25 > soft:
+                raise OSError("too many open files")
 
-    def shut_down(self, names, call):
-        """Shut the kernels down, all at once, and wait for it, but 15 s at most."""
-        ends = {name: self.stop(self.kernels[name], grace=2.5) for name in names}
-        begin = time.monotonic()
-        while concurrent.futures.wait(ends.values(), timeout=0.1).not_done and not (
-                call.interrupts or time.monotonic() - begin > 15):
-            pass
-        lost = {name: Failure("ShutdownError", "may still run: " + (
-            repr(end.exception()) if end.done() else "it does not answer"))
-            for name, end in ends.items() if not end.done() or end.exception()}
-        if call.interrupts:
-            raise KeyboardInterrupt(f"{', '.join(lost) or 'nothing'} not waited for")
-        if lost:
-            raise RemoteError(lost, call.screen.labelled)
-
-    def start(self, specs, call):
-        """Have the kernels that `specs` gives by NAME at work, all at once: show what
-        they printed since the last call, start the missing, and anew those that
-        died. RemoteError names those that can't be; the others stay."""
-        kernels = [self.kernels[name] for name in specs if name in self.kernels]
-        for kernel in kernels:
-            kernel.catch_up(call.screen)
-            if kernel.busy and not (kernel.broken or kernel.exited):
-                raise UsageError(f"{kernel.name} is still busy with an earlier cell; wait for it, "
-                                 "or replace the kernel with -s")
-        new = [Kernel(name, spec, self.context, self.shell.config)
-               for name, spec in specs.items() if name not in self.kernels]
-        failures, dead = {}, {}
-        try:
-            requests = [Request(kernel, call.screen, "kernel_info_request")
-                        for kernel in kernels + new
-                        if kernel in new or kernel.broken or kernel.exited]
-            call.run(requests, self.startup_timeout, verb="starting")
-            for request in requests:
-                kernel, failure, name = request.kernel, request.failure, request.kernel.name
-                if not failure:
-                    self.adopt(kernel, dict(request.reply.get("language_info") or {}))
-                elif kernel in new:
-                    failures[name] = failure._replace(evalue=": ".join(filter(None, (
-                        "could not start", request.died or failure.evalue, kernel.last_words()))))
-                elif request.died and not kernel.attached:
-                    call.screen.write(
-                        sys.stderr, f"{name} had died ({request.died}) and is started anew\n")
-                    dead[name] = kernel.spec
-                else:
-                    failures[name] = failure
-                if request.died and kernel in kernels:
-                    self.stop(kernel)
-        finally:
-            for kernel in new:
-                if self.kernels.get(kernel.name) is not kernel:
-                    self.stop(kernel)
-        if call.interrupts:
-            raise KeyboardInterrupt(f"{', '.join(failures) or 'kernels'} not started")
-        if failures:
-            raise RemoteError({name: failures[name] for name in specs if name in failures},
-                              call.screen.labelled)
-        if dead:
-            self.start(dead, call)
-
-    def adopt(self, kernel, language):
-        """Keep a kernel that has answered; `language` is its language_info."""
-        kernel.language = str(language.get("name"))
-        if kernel.language == "python":
-            version = tuple(map(int, re.findall(r"\d+", str(language.get("version")))[:2]))
-            kernel.protocol = 5 if version >= (3, 8) else 4 if version >= (3, 4) else 2
-        self.kernels[kernel.name] = kernel
-        self.namespaces[kernel.name] = self.namespace(kernel.name)
-        setattr(self.namespaces[kernel.name], SPEC, kernel.spec)
-
-    def prepare(self, targets, push, outputs, timeout, call):
-        """Set new kernels up, change directories, push variables; RemoteError
-        if any can't be."""
-        packed, requests = {}, []
-        for name, _, directory in targets:
-            kernel = self.kernels[name]
-            if kernel.protocol is None and (directory or push or outputs):
-                raise UsageError(f"{name} runs {kernel.language}: -o, -p and :DIRECTORY need a "
-                                 "Python kernel")
-            if push and kernel.protocol not in packed:
-                with call.at_once():
-                    packed[kernel.protocol], failures = pack_each(push, kernel.protocol)
-                if failures:
-                    raise UsageError(f"-p: can't pickle {failures[0][1]}")
-            if kernel.protocol and (directory or push or not kernel.ready):
-                requests.append(Request(
-                    kernel, call.screen, code="" if kernel.ready else setup_code(),
-                    expression=remote_call(prepare, directory, bool(push), versions()),
-                    buffers=packed.get(kernel.protocol)))
-        call.run(requests, timeout and max(timeout, self.startup_timeout))
-        for request in requests:
-            request.kernel.ready = request.kernel.ready or request.failure is None
-        self.judge(requests, call)
-
-    def execute(self, codes, outputs, timeout, call):
-        """Run each kernel's code, and bring the outputs into its namespace."""
-        frontend = getattr(self.shell, "kernel", None)
-        requests = [Request(
-            self.kernels[name], call.screen, code=code, silent=not code.strip(),
-            expression=self.kernels[name].sending(outputs) if outputs else "",
-            allow_stdin=getattr(frontend, "_allow_stdin", True)) for name, code in codes.items()]
-        call.run(requests, timeout)
-        for request in requests:
-            if outputs and not request.failure:
-                problems = self.load(request, outputs, timeout, call)
-                if problems:
-                    request.fail(problems[0].ename, "; ".join(
-                        [problems[0].evalue, *map(str, problems[1:])]))
-        self.judge(requests, call)
-
-    def load(self, request, names, timeout, call):
-        """Unpickle a request's outputs; returns the failures. What can't be
-        loaded together is fetched again one by one."""
-        kernel = request.kernel
-        if request.outputs is None:
-            return [Failure("LostReplyError", "the connection broke, and the outputs were lost "
-                            "with it; -o without code fetches them")]
-        try:
-            (data, buffers), request.outputs = request.outputs, None
-            with call.at_once():
-                values = unpack(buffers, data.get("versions"))
-            vars(self.namespaces[kernel.name]).update(
-                {name: values[name] for name in names if name in values})
-            return [Failure(str(ename), str(evalue)) for ename, evalue in data["remote_exec"]]
-        except BaseException as error:  # unpickling may run anything
-            if len(names) == 1 or call.interrupts:
-                return [Failure(type(error).__name__,
-                                f"{', '.join(names)} can't be loaded here: {error}")]
-        problems = []
-        for name in names:
-            if call.interrupts or request.died:
-                break
-            again = Request(kernel, call.screen, expression=kernel.sending([name]))
-            call.run([again], timeout)
-            request.died = again.died
-            problems += [again.failure] if again.failure else self.load(
-                again, [name], timeout, call)
-        return problems
-
-    def judge(self, requests, call):
-        """Raise what the requests, taken together, come to."""
-        failures = {r.kernel.name: r.failure for r in requests if r.failure}
-        for request in requests:
-            if request.died:
-                self.stop(request.kernel)
-        if call.interrupts:
-            busy = [r.kernel.name for r in requests if r.kernel.busy]
-            stopped = [n for n, f in failures.items()
-                       if f.ename == "KeyboardInterrupt" and n not in busy]
-            others = {n: f for n, f in failures.items() if f.ename != "KeyboardInterrupt"}
-            if others:
-                error = RemoteError(others, call.screen.labelled)
-                call.screen.write(sys.stderr, "\n".join(error._render_traceback_()) + "\n")
-            raise KeyboardInterrupt(
-                f"{', '.join(stopped) or 'no kernel'} stopped" + (
-                    f"; {', '.join(busy)} still busy, -s replaces" if busy else ""))
-        if failures:
-            raise RemoteError(failures, call.screen.labelled)
-
-    def stop(self, kernel, grace=0):
-        """Future of a kernel's end."""
-        self.kernels.pop(kernel.name, None)
-        future = kernel.stop(grace)
-        self.ending = [each for each in self.ending if not each.done()] + [future]
-        return future
+    def connection_config(self, spec):
+        """How a kernel is reached: a local ipykernel over Unix sockets, where only the user can
+        enter, others over TCP, encrypted where they can; or as the user's own settings say."""
+        os.makedirs(jupyter_runtime_dir(), mode=0o700, exist_ok=True)
+        config, users = Config(), self.shell.config.get("KernelManager", {})
+        ipykernel = "kernel_provisioner" not in spec.metadata and spec.argv[1:3] in (
+            ["-m", "ipykernel_launcher"], ["-m", "ipykernel"])
+        if ipykernel and zmq.has("ipc") and not {"transport", "ip"} & set(users):
+            parent = tempfile.gettempdir()
+            self.sockets = self.sockets or tempfile.mkdtemp(  # unix(7): at most 107 bytes
+                prefix="rexec", dir=parent if len(os.fsencode(parent)) < 70 else "/tmp")
+            config.KernelManager.transport = "ipc"
+            config.KernelManager.ip = tempfile.mktemp(prefix="", dir=self.sockets)
+        elif zmq.has("curve"):  # what an older jupyter_client has no use for, it ignores
+            config.KernelManager.transport_encryption = "auto"
+        config.merge(self.shell.config)
+        return config
 
     def close(self):
         """Shut everything down, within two seconds: the end of the session."""
-        for kernel in list(self.kernels.values()):
-            if os.getpid() == self.pid:
-                self.stop(kernel, grace=1)
-            elif kernel.manager:  # a forked child: the file is its parent's
-                kernel.manager.connection_file = ""
-        if os.getpid() == self.pid:
-            concurrent.futures.wait(self.ending, timeout=2)
+        running = [kernel for kernel in self.kernels.values() if kernel.running]
+        if os.getpid() != self.pid:  # a forked child: the files are its parent's
+            for kernel in running:
+                if kernel.manager:
+                    kernel.manager.connection_file = ""
+            return
+        for kernel in running:
+            kernel.stop(grace=0.6, patience=1)
+            kernel.since = None
+        unfinished = concurrent.futures.wait(self.ends, timeout=2).not_done
+        if self.sockets:
+            shutil.rmtree(self.sockets, ignore_errors=True)
+        if not unfinished:
+            for loop in self.loops.values():
+                loop.call_soon_threadsafe(loop.stop)
+            self.context.term()
 
     # what helps the user
 
     def listing(self):
-        """The text of -l."""
-        lines = ["running kernels:"]
-        for name, kernel in self.kernels.items():
-            kernel.catch_up(Screen(self.shell, labelled=True))
-            state = "dead" if kernel.exited else "busy" if kernel.busy else "idle"
-            lines.append(f"  {name}  {kernel.spec}  {state}")
-        return "\n".join(lines + ["  none"] * (not self.kernels) + [
-            "kernelspecs:", *(f"  {spec}" for spec in self.find_specs())])
+        """The lines of -l."""
+        running = [kernel for kernel in self.kernels.values() if kernel.running]
+        yield "running kernels:" if running else "running kernels:\n  none"
+        for kernel in running:
+            kernel.step() if kernel.steps else kernel.listen_on(0)
+            state = "dead" if kernel.exited else kernel.since if kernel.steps else (
+                "busy" if kernel.unanswered else "idle")
+            yield f"  {kernel.name}  {kernel.spec}  {state}"
+        yield "\n  ".join(["kernelspecs:", *sorted(self.kernelspecs.find_kernel_specs())])
 
     def complete(self, event):
         """Options, and after -k the names of kernels and kernelspecs."""
         before = getattr(event, "text_until_cursor", event.line)
-        words = before.split()
-        last = words[-1] if before[-1:].strip() else ""
-        previous = words[-2] if last and len(words) > 1 else words[-1]
-        if last.startswith("-"):
+        if re.search(r"\s-\S*$", before):
             return ["-" + letter for letter in SHORT.replace(":", "")] + [
                 "--" + name.rstrip("=") for name in LONG]
-        if previous in ("-k", "--kernels"):
-            return ([] if "=" in last.rpartition(",")[2] else [*self.kernels]) + self.find_specs()
-        return []
+        target = re.search(r"\s(?:-k|--kernels)\s+(?:\S*,)?(\S*)$", before)
+        names = [] if not target or "=" in target[1] else [*self.kernels]
+        return names + sorted(self.kernelspecs.find_kernel_specs() if target else ())
 
 
 def load_ipython_extension(ipython):

@@ -20,7 +20,9 @@ setup(
     extras_require={"test": [
         "pytest", "hypothesis", "pexpect", "numpy", "pandas", "ipykernel", "bash_kernel",
         "cloudpickle", "nbclient", "nbformat", "sshpyk", "ipyparallel", "matplotlib",
-        "remote_ikernel; python_version >= '3.10'"]},
+        "ipywidgets", "tqdm", "rich",
+        "remote_ikernel; python_version >= '3.10'",
+        "gateway_provisioners; python_version >= '3.10'"]},
     keywords="ipython jupyter magic kernel remote ssh parallel",
     classifiers=[
         "Framework :: IPython",
