@@ -812,7 +812,7 @@ class Answer:
         self.question = self.failure = None
         self.error = None    # one that was published; the reply may repeat it
         self.probes = set()  # later requests, whose answer tells that this one's was lost
-        self.interrupt_answered = False
+        self.begun = self.interrupt_answered = False
 
     def fail(self, ename, evalue, traceback=()):
         self.failure = self.failure or Failure(ename, evalue, list(traceback))
@@ -836,6 +836,7 @@ class Answer:
                     self.fail("LostReplyError", "the connection broke, and the reply was lost; the "
                               "kernel has its state and is free")
             elif kind == "status":
+                self.begun = self.begun or ours
                 if content["execution_state"] == "idle" and msg_id in unanswered:
                     while msg_id in unanswered:  # kernels work in order
                         del unanswered[next(iter(unanswered))]
@@ -911,11 +912,12 @@ def request(kernel, kind, content, **more):
     sent = heard = time.monotonic()
     asked = probed = pinged = 0   # when it was asked whether it lives, and for its answer
     dying = note = None           # the question whether it lives; what is told of the waiting
-    hurry, interrupted, late = None, 0, False  # why it was interrupted, and when
+    hurry, interrupted, late = None, 0, False  # why it is interrupted, and since when
+    told = False                  # an interrupt_request was sent
     while True:
         came = kernel.listen(answer)
         if answer.reply is not None and not kernel.unanswered and (
-                not hurry or answer.interrupt_answered):
+                not told or answer.interrupt_answered):
             break
         if not kernel.sockets:
             raise Failed("ShutdownError", "the kernel was shut down")
@@ -957,7 +959,9 @@ def request(kernel, kind, content, **more):
             note = "does not answer since " + time.strftime(
                 "%H:%M:%S", time.localtime(time.time() - silent))
 
-        # does it heed the interrupt?
+        # does it heed the interrupt? One that comes before the code has begun would be lost
+        if hurry and not told and (answer.begun or now - interrupted > SILENCE):
+            told = kernel.send("control", "interrupt_request", {})
         if hurry and not answer.interrupt_answered and now - interrupted > NO_MESSAGE:
             answer.interrupt_answered = True  # ipykernel before 6 heeds the signal alone
             if kernel.manager:
@@ -979,8 +983,7 @@ def request(kernel, kind, content, **more):
             if answer.reply is None or error.args[0] == "KeyboardInterrupt":
                 # the limit is one for the code, not for the journey of the outputs
                 hurry, interrupted, late = error, now, error.args[0] == "TimeoutError"
-                answer.interrupt_answered, answer.question = False, None
-                kernel.send("control", "interrupt_request", {})
+                answer.interrupt_answered, answer.question, told = False, None, False
 
     kernel.screen.finish(kernel.name)
     ename, evalue, lines = answer.failure or ("", "", [])

@@ -15,6 +15,7 @@ import pathlib
 import pickle
 import re
 import resource
+import shutil
 import signal
 import socket
 import statistics
@@ -298,18 +299,6 @@ def test_substitution_is_one_exact_pass(code, values):
     assert rx.substitute(code, "k", values) == expected
 
 
-@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_pickling(protocol):
-    """What two values share stays shared, and one that can't go takes nothing from them."""
-    shared = [1]
-    parts, frames, failures = rx.pack({"one": [shared], "lock": threading.Lock(), "two": [shared],
-                                       "array": np.arange(1e5)}, protocol)
-    assert len(failures) == 1 and "lock" in failures[0][1]
-    values, failures = rx.unpack(parts, frames)
-    assert values["one"][0] is values["two"][0] and not failures
-    assert (values["array"] == np.arange(1e5)).all()
-
-
 def test_versions_are_named():
     parts, _, _ = rx.pack({"x": 1}, 2)
     (_, text), = rx.unpack(parts, [b"cnumpy\nno_such_thing\n."])[1]
@@ -324,11 +313,14 @@ anything = st.recursive(
         inner, max_size=4), max_leaves=8)
 
 
+WIDGETS = mock.MagicMock()
+
+
 def answer_without_kernel():
     """(answer, is it complete, function that has it hear a message)."""
     kernel = types.SimpleNamespace(
         name="a", session="me", unanswered={"mine": "execute_request"},
-        screen=rx.Screen(InteractiveShell.instance(), True), widgets=mock.MagicMock())
+        screen=rx.Screen(InteractiveShell.instance(), True), widgets=WIDGETS)
     answer = rx.Answer(kernel, "mine")
 
     def hear(channel, kind, content, parent="mine"):
@@ -433,11 +425,15 @@ def test_misuse(session, line, culprit):
 
 
 def test_code_is_verbatim(session):
+    """And names may have any letters."""
     session.ns["tricky"] = r"\1 \g<0> {other}"
     session.ok("-k a -i tricky -o s s = r'''{tricky} {not} $HOME \\n'''")
     assert session.a.s == r"\1 \g<0> {other} {not} $HOME \n"
     session.ok("-k a -o s s = 1", "s += 1")
     assert session.a.s == 2
+    session.ns["\u03bc"] = 2  # what Python makes of the micro sign
+    session.ok("-k \xb5m=python3 -p \xb5 -i \xb5 -o \xb5 \xb5 += {\xb5}")
+    assert vars(session.ns["\u03bcm"]) == {"\u03bc": 4}
 
 
 def test_directories_with_any_characters(session, tmp_path):
@@ -450,12 +446,6 @@ def test_directories_with_any_characters(session, tmp_path):
     session.ns["names"] = "a:$HOME, b"
     session.ok("-k {names} -o d d = os.getcwd()")
     assert session.a.d == os.path.realpath(os.environ["HOME"])
-
-
-def test_names_in_any_letters(session):
-    session.ns["\u03bc"] = 2  # what Python makes of the micro sign
-    session.ok("-k \xb5m=python3 -p \xb5 -i \xb5 -o \xb5 \xb5 += {\xb5}")
-    assert vars(session.ns["\u03bcm"]) == {"\u03bc": 4}
 
 
 def test_function_locals(session):
@@ -755,9 +745,11 @@ def test_background(session):
 
 def test_background_is_collected(session):
     """By the next call, which shows what it printed, and then goes on."""
+    session.ok("-k b n = 0")
     session.ok("-k a -b print('first'); import time; time.sleep(.5); print('second'); n = 1")
-    for _ in range(3):
-        session.ok("-k a,b -o n -b n = globals().get('n', 0) + 1; print(n)")
+    session.shell.run_cell(
+        "def run(code):\n    %remote_exec -k a,b -i code -o n -b {code}\n"
+        "for _ in range(3): run('n += 1; print(n)')").raise_error()
     assert session.ok("-k a print('last')") == "4\nlast\n"
     assert (session.a.n, session.b.n) == (4, 3)
 
@@ -964,6 +956,7 @@ def test_late_code_that_catches_the_interrupt(session, code, evalue):
     assert "swallowed" not in vars(session.a) and session.took < 10
     assert "ignores" not in evalue or "still busy" in session.misused("-k a 1")
     os.kill(pid, signal.SIGKILL)
+    assert gone(pid)
 
 
 def test_late_interrupt(session):
@@ -1110,12 +1103,15 @@ def test_busy_is_not_dead(session, spec, told):
 # ---- what the user sees ---------------------------------------------------
 
 def test_labels_and_last_expression(session):
+    """And the text form of a widget, where there is no front end."""
     session.ok("-k a,b", "print('one\\ntwo', end='')\n'expr'")
     assert sorted(re.findall(r"\[[ab]\] (?:one|two)\n", session.out)) == [
         "[a] one\n", "[a] two\n", "[b] one\n", "[b] two\n"]
     assert [d.data["text/plain"] for d in session.displays] == ["'expr'"] * 2
     session.ok("-k a", "print('x', end=''); import sys; print('e', file=sys.stderr)\n7;")
     assert session.out == "x" and session.err == "e\n" and not session.displays
+    session.ok("-k a import ipywidgets; display(ipywidgets.IntSlider(7))")
+    assert "IntSlider(value=7)" in session.displays[0].data["text/plain"] and session.err == ""
 
 
 def test_late_output(session):
@@ -1283,8 +1279,8 @@ def test_one_request_a_cell(session, monkeypatch):
     assert sent == ["execute_request"] * 3
 
 
-def test_edited_file(tmp_path):
-    """A kernel that starts after it was edited gets what was loaded."""
+def test_the_file(tmp_path):
+    """It is enough; and a kernel that starts after it was edited gets what was loaded."""
     source = (HERE / "remote_exec.py").read_text(encoding="utf-8")
     (tmp_path / "remote_exec.py").write_text(source, encoding="utf-8")
     done = ipython(*script(
@@ -1335,6 +1331,142 @@ def test_connection_file_is_followed(session, spec, edit):
 
 
 # ---- batch queues ---------------------------------------------------------
+
+def nodes_of_queue():
+    """The names of Slurm's nodes that are up."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return sorted(set(subprocess.run(
+            ["sinfo", "-h", "-N", "-r", "-o", "%N"], capture_output=True, text=True, timeout=20,
+            check=True).stdout.split()))
+    return []
+
+
+NODES = nodes_of_queue()[:2]
+in_queue = pytest.mark.skipif(len(NODES) < 2, reason="no batch queue: Slurm of two nodes")
+JOB = f"rexec{os.getpid()}"  # the name of our jobs
+
+
+def jobs():
+    """The ids of our jobs in the queue."""
+    return subprocess.run(["squeue", "--me", "-h", "-n", JOB, "-o", "%i"], check=True,
+                          capture_output=True, text=True).stdout.split()
+
+
+def scancel(after=0):
+    return subprocess.Popen(["sh", "-c", f"sleep {after}; scancel -n {JOB}"])
+
+
+def readme_block(language, word):
+    """The README's code block in that language where the word stands."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    return re.search(rf"```{language}\n([^`]*{word}[^`]*)```", readme)[1]
+
+
+@pytest.fixture
+def job(spec, monkeypatch):
+    """Makes the README's kernelspec for Slurm, with more options of srun, one part of
+    the command changed."""
+    recipe = json.loads(readme_block("json", "srun"))
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable), prepend=":")
+
+    def make(name, *options, change=("", "")):
+        srun, *argv = recipe["argv"]
+        spec(name, srun, "-J", JOB, *options, *(part.replace(*change) for part in argv),
+             interrupt_mode=recipe["interrupt_mode"])
+    make("slurm-one", "-w", *NODES[:1])
+    make("slurm-two", "-w", *NODES[1:])
+    yield make
+    scancel().wait()
+
+
+@in_queue
+def test_batch_queue(session, job):
+    """Jobs on two nodes, one of them at an address that nobody knew before."""
+    session.ns["gift"] = np.arange(1e6)
+    session.ok("-k a,p=slurm-one:/usr,q=slurm-two:/usr -p gift -o where,node,x", (
+        "where, node, x = os.getcwd(), os.environ.get('SLURMD_NODENAME'), gift * 2"))
+    assert [session.a.node, session.p.node, session.q.node] == [None, *NODES]
+    assert session.p.where == session.q.where == "/usr" and session.q.x[-1] == 1999998
+    assert session.interrupted("-k p,q", "import time; y = 3; time.sleep(60)", presses=[1]) == (
+        "p, q stopped")
+    session.ok("-k p,q -o y")
+    assert session.p.y == session.q.y == 3
+    # cancelled while a cell runs, and between two cells
+    session.ns["nap"] = {"a": 0, "p": 60, "q": 60}
+    cancelling = scancel(after=1)
+    failures = session.fails("-k a,p,q -i nap -o done import time; time.sleep({nap}); done = 1")
+    assert [(name, each.ename) for name, each in failures.items()] == [
+        ("p", "DeadKernelError"), ("q", "DeadKernelError")]
+    assert session.a.done == 1 and session.took < 10 and cancelling.wait() == 0
+    session.ok("-k q -o x x = 5")
+    scancel().wait()
+    assert until(lambda: not jobs())
+    session.ok("-k q -o x x = 6")
+    assert "started anew" in session.err and session.q.x == 6
+    session.ok("-k p,q -s")
+    assert until(lambda: not jobs(), 2)
+
+
+@in_queue
+def test_waiting_in_the_queue(session, job, monkeypatch, told):
+    """A job on hold, for longer than it may; and until Ctrl-C, which leaves the others."""
+    magics = session.shell.magics_manager.registry["RemoteExecMagics"]
+    job("held", "--hold")
+    monkeypatch.setattr(magics, "startup_timeout", 2)
+    failures = session.fails("-k a,held 1")
+    assert [*failures] == ["held"] and failures["held"].ename == "TimeoutError"
+    assert re.search("not ready after 2 s.*queued and waiting", failures["held"].evalue)
+    assert until(lambda: not jobs(), 2)
+    monkeypatch.setattr(magics, "startup_timeout", 60)
+    assert session.interrupted("-k a,held,c=python3 x = 1", presses=[4.5]) == "held not started"
+    assert any(re.match(r"starting held \(\d s\).*ready: a, c", text) for text in told), told
+    assert until(lambda: not jobs(), 2)
+    session.ok("-k a,c -o x x = 2")
+    assert session.c.x == 2
+
+
+@in_queue
+@pytest.mark.parametrize("options, change, cause", [
+    (["-p", "nowhere"], ("", ""), "invalid partition"),
+    ([], ("{connection_file}", "/not/shared.json"), "/not/shared.json: No such file"),
+    ([], ("127.0.0.1", "nothing"), "not ready after 3 s.*127.0.0.1")])  # who knows where it is
+def test_job_that_cannot_start(session, job, monkeypatch, options, change, cause):
+    magics = session.shell.magics_manager.registry["RemoteExecMagics"]
+    monkeypatch.setattr(magics, "startup_timeout", 3)
+    job("bad", "-w", NODES[1], *options, change=change)
+    assert re.search(cause, session.fails("-k bad 1")["bad"].evalue)
+    assert until(lambda: not jobs(), 2)
+
+
+@in_queue
+def test_end_with_jobs(session, job):
+    """Another session's end takes its jobs out of the queue, also a busy one, and not ours."""
+    session.ok("-k q=slurm-two -o x x = 1")
+    ours = jobs()
+    done = ipython(*script(
+        "%remote_exec -k p=slurm-one,q=slurm-two 1",
+        "try:", "    %remote_exec -k q -t 1 import time; time.sleep(60)",
+        "except Exception: pass",
+        "import time; print(time.time())"))
+    assert time.time() - float(done.stdout.splitlines()[-1]) < 4
+    assert until(lambda: jobs() == ours, 2)
+    session.ok("-k q -o x x += 1")
+    assert session.q.x == 2
+
+
+@in_queue
+def test_job_that_outlives_the_session(session, job, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    subprocess.run(["sh", "-c", readme_block("sh", "sbatch").replace(
+        "sbatch", f"sbatch -J {JOB} -w {NODES[1]}")], cwd=tmp_path, check=True)
+    assert until((tmp_path / "q.json").exists)
+    session.ok("-k q=~/q.json -o node node = os.environ['SLURMD_NODENAME']; x = 7")
+    session.ok("-k q -s")
+    session.ok("-k q -o x")
+    assert session.q.x == 7 and session.q.node == NODES[1]
+    scancel(after=1)
+    assert session.fails("-k q import time; time.sleep(60)")["q"].ename == "DeadKernelError"
+    assert session.took < 5
 
 
 # ---- a notebook -----------------------------------------------------------
@@ -1504,11 +1636,11 @@ def test_notebook_status_line(notebook):
 
 def test_notebook_slow_front_end(notebook):
     """It reads nothing until all is over."""
-    cell = notebook.start("%remote_exec -k k1 -o i for i in range(5000): display(i)")
+    cell = notebook.start("%remote_exec -k k1 -o i for i in range(3000): display(i)")
     assert notebook.reply(cell)["status"] == "ok"
     shown = contents(notebook.end(cell), "display_data")
-    assert [each["data"]["text/plain"] for each in shown] == [str(i) for i in range(5000)]
-    assert notebook.value("k1.i") == 4999
+    assert [each["data"]["text/plain"] for each in shown] == [str(i) for i in range(3000)]
+    assert notebook.value("k1.i") == 2999
 
 
 def test_two_sessions(session, notebook):
@@ -1521,6 +1653,7 @@ def test_two_sessions(session, notebook):
     assert notebook.value("a.x") == 1
 
 
+@newest  # on ipykernel 6, displays and errors go under the latest cell
 def test_notebook_background(notebook):
     """What it prints shows under its own cell, and its failure, which counts as told."""
     cell = notebook.start("%remote_exec -k k1,k2 -o x -b import time; print('on'); time.sleep(1); "
@@ -1569,14 +1702,6 @@ def test_notebook_background_flood(notebook):
     notebook.until(lambda: notebook.log[-1]["content"].get("text", "").endswith("199999\n"))
     assert notebook.text(cell) == "".join(f"{i}\n" for i in range(200000))
     assert notebook.value("k1.i") == 199999
-
-
-def test_notebook_background_loop(notebook):
-    """From a function, over many cells; a call collects."""
-    notebook.run("def run(code):\n    %remote_exec -k k1,k2 -i code -o n -b {code}")
-    notebook.run("for i in range(5): run(f'n = {i}; print(n)')\nrun('n += 1')")
-    assert notebook.value("k1.n, k2.n") == (5, 5)
-    assert notebook.run("%remote_exec -k k1,k2 -t 30")[0]["status"] == "ok"
 
 
 # ---- widgets --------------------------------------------------------------
@@ -1703,12 +1828,6 @@ def test_progress_bars(notebook, options):
         assert len({bar for bar, reached in bars if reached == value}) == 2
 
 
-def test_widgets_in_a_terminal(session):
-    """Their text form shows."""
-    session.ok("-k a import ipywidgets; display(ipywidgets.IntSlider(7))")
-    assert "IntSlider(value=7)" in session.displays[0].data["text/plain"] and session.err == ""
-
-
 # ---- notebooks without a front end, scripts, a terminal, and their ends ---
 
 def test_nbclient():
@@ -1775,13 +1894,6 @@ def test_script_and_its_end(tmp_path):
     assert all(gone(int(pid), 1) for pid in pids.split()) and files() <= before
 
 
-def test_one_file_is_enough(tmp_path):
-    (tmp_path / "remote_exec.py").write_text((HERE / "remote_exec.py").read_text("utf-8"), "utf-8")
-    done = ipython("--ext", "remote_exec", "-c", "%remote_exec -k k=python3 print(6 * 7)",
-                   cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    assert (done.stdout, done.stderr) == ("42\n", "")
-
-
 def test_forked_child_touches_nothing():
     done = ipython(*script(
         "%remote_exec -k k=python3 x = 8",
@@ -1824,7 +1936,8 @@ def test_terminal():
         ("%remote_exec -k k n = input('who' + '? ')", r"\r\nwho\? ", lambda: child.sendline("me")),
         ("%remote_exec -k k,m=python3 print('n' in dir() and n * 2); import time; time.sleep(4); "
          "print('ov' + 'er')", "meme", r"\rwaiting for k, m \(\d s\)\x1b\[K", r"\r\x1b\[K", "over"),
-        ("%remote_exec nonsense", "UsageError: -k"), ("exit", pexpect.EOF)], 1):
+        ("%remote_exec nonsense", "UsageError: -k"),
+        ("exit", lambda: child.expect(pexpect.EOF))], 1):
         child.expect(fr"In \[{number}\]: ")
         child.sendline(code)
         for each in dialogue:
@@ -1892,7 +2005,7 @@ def test_far_kernel_that_cannot_start(session, spec, host):
 def test_network_outage(session, far_specs, told):
     """Without a network -t and Ctrl-C work, and a result arrives."""
     session.ok("-k far=sshpyk-far,late=sshpyk-far,stopped=sshpyk-far 1")
-    cut = subprocess.Popen(["sh", "-c", f"sleep 1; ip link set {SSH_LINK} down; sleep 13; "
+    cut = subprocess.Popen(["sh", "-c", f"sleep 1; ip link set {SSH_LINK} down; sleep 20; "
                                         f"ip link set {SSH_LINK} up"])
     try:
         failures = session.fails("-k late -t 2 import time; time.sleep(4); x = 7")
@@ -1904,7 +2017,7 @@ def test_network_outage(session, far_specs, told):
     finally:
         cut.wait()
     assert session.far.x == 7
-    assert any("far does not answer since" in text for text in told)
+    assert any("late does not answer since" in text for text in told)
 
 
 @over_ssh
@@ -1933,6 +2046,53 @@ def test_killed_tunnel(session, far_specs):
         session.error.failures["far"].ename == "LostReplyError"), session.error
     session.ok("-k far -o x")
     assert session.far.x == 7
+
+
+@pytest.fixture
+def gateway(tmp_path, monkeypatch):
+    """The kernelspec of gateway-provisioners for the second host. They read none of ssh's
+    configuration but keys and known hosts, and refuse the user root."""
+    install = shutil.which("jupyter-ssh-spec", path=os.path.dirname(sys.executable))
+    if not install:
+        pytest.skip("no gateway_provisioners")
+    ssh = dict(line.split(" ", 1) for line in reversed(subprocess.run(
+        ["ssh", "-G", SSH_HOST], capture_output=True, text=True).stdout.splitlines()))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((ssh["hostname"], 9))  # sends nothing
+        here = probe.getsockname()[0]
+    keys = tmp_path / ".ssh"
+    keys.mkdir()
+    for kind in ("rsa", "ecdsa", "ed25519"):  # whatever it is
+        (keys / f"id_{kind}").write_text(pathlib.Path(ssh["identityfile"]).read_text())
+    (keys / "known_hosts").write_bytes(subprocess.run(
+        ["ssh-keyscan", "-p", ssh["port"], ssh["hostname"]], capture_output=True).stdout)
+    for name, value in dict(HOME=tmp_path, JUPYTER_PATH=tmp_path / "share/jupyter",
+                            KERNEL_USERNAME="me", GP_RESPONSE_IP=here, GP_SSH_PORT=ssh["port"],
+                            GP_REMOTE_USER=ssh["user"], GP_KERNEL_LOG_DIR=tmp_path).items():
+        monkeypatch.setenv(name, str(value))
+    subprocess.run([install, "install", f"--prefix={tmp_path}", "--kernel-name=gateway",
+                    f"--remote-hosts={ssh['hostname']}"], check=True, capture_output=True)
+    spec = tmp_path / "share/jupyter/kernels/gateway/kernel.json"
+    spec.write_text(spec.read_text().replace('"python",', f'"{sys.executable}",', 1))
+
+
+@over_ssh
+@newest
+def test_gateway_provisioners(session, gateway):
+    session.ok("-k a,g=gateway:/usr,h=gateway -o where,ip", (
+        "import subprocess\n"
+        "where, ip = os.getcwd(), subprocess.check_output(['hostname', '-I'])"))
+    assert session.g.where == "/usr" and session.g.ip == session.h.ip != session.a.ip
+    assert session.interrupted("-k g,h", "import time; y = 3; time.sleep(60)", presses=[1]) == (
+        "g, h stopped")
+    session.ok("-k g,h -o y")
+    session.ns["fate"] = {"g": "os.kill(os.getpid(), 9)", "h": "x = 4"}
+    failures = session.fails("-k g,h -i fate -o x {fate}")
+    assert failures["g"].ename == "DeadKernelError" and session.h.x == 4
+    session.ok("-k g -o x x = 5")
+    session.ok("-k g,h -s -o x x = 6")
+    assert session.g.x == session.h.x == 6
+    session.ok("-k g,h -s")
 
 
 # ---- old Pythons ----------------------------------------------------------
