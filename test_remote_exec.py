@@ -1238,7 +1238,7 @@ def test_attached_kernel(session, transport, tmp_path):
     with others_kernel(**options) as (manager, client):
         def restart():
             manager.restart_kernel(now=True)
-            client.wait_for_ready(timeout=60)
+            client.execute("1", reply=True, timeout=60)
         session.ok(f"-k far={manager.connection_file} -o x x = 11")
         session.ok("-k far -o y y = x")
         assert session.far.x == session.far.y == 11
