@@ -648,14 +648,14 @@ class Kernel:
         """How the kernel ended, or None while it runs, as far as is known. May take long."""
         if not self.manager:
             client, host, port = self.client, self.client.ip, self.client.shell_port
-            for _ in range(4):  # its owner may be restarting it
+            for _ in range(3):  # its owner may be restarting it
                 try:
                     _, writer = await asyncio.wait_for(
                         asyncio.open_unix_connection(f"{host}-{port}") if client.transport == "ipc"
                         else asyncio.open_connection(host, port), 5)
                     return writer.close()
                 except (ConnectionRefusedError, FileNotFoundError):
-                    await asyncio.sleep(0.6)
+                    await asyncio.sleep(0.5)
             return "nothing listens at its address"
         process = getattr(self.manager.provisioner, "process", None)  # it may be forgotten
         if await self.manager.is_alive():

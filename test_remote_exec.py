@@ -1466,7 +1466,7 @@ def test_job_that_outlives_the_session(session, job, tmp_path, monkeypatch):
     assert session.q.x == 7 and session.q.node == NODES[1]
     scancel(after=1)
     assert session.fails("-k q import time; time.sleep(60)")["q"].ename == "DeadKernelError"
-    assert session.took < 5
+    assert session.took < 8
 
 
 # ---- a notebook -----------------------------------------------------------
