@@ -260,20 +260,22 @@ def prepare(directory, parts):
         shell.user_ns.update(values)
 
 
-def send(names, protocol, copy):
-    """Publish the variables `names` as buffers of one comm message. Those that can't go are
-    named in its data, with the reason. A `copy`, since another client might change them."""
+def send(names, protocol, copy, comm=[]):
+    """Publish the variables `names` as buffers of one message of the one `comm`. Those that
+    can't go are named in its data. A `copy`, since another client might change them."""
     namespace = get_ipython().user_ns
     parts, frames, failures = pack(
         {str(name): namespace[name] for name in names if name in namespace}, protocol)
     failures += [["NameError", "name '%s' is not defined" % name]
                  for name in names if name not in namespace]
-    try:
-        from comm import create_comm
-    except ImportError:  # before ipykernel 6
-        from ipykernel.comm import Comm as create_comm
-    create_comm(target_name="remote_exec", primary=False).send(
-        {"remote_exec": [parts, failures]}, buffers=list(map(bytes, frames)) if copy else frames)
+    if not comm:
+        try:
+            from comm import create_comm
+        except ImportError:  # before ipykernel 6
+            from ipykernel.comm import Comm as create_comm
+        comm.append(create_comm(target_name="remote_exec", primary=False))
+    comm[0].send({"remote_exec": [parts, failures]},
+                 buffers=list(map(bytes, frames)) if copy else frames)
 
 
 def publish_all(kernel):
