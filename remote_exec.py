@@ -23,11 +23,13 @@ import io
 import json
 import keyword
 import logging
+import mmap
 import os
 import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -104,6 +106,7 @@ def label(name, text, labelled=True):
 # its own; what packs and unpacks serves on this side, too.
 
 IN_BAND = 65536  # bytes; a message frame of its own costs more than copying less
+LARGE = 1 << 20  # bytes; from there on ZMQ's own copying is what takes time
 
 
 class Unpickler(pickle.Unpickler):
@@ -244,8 +247,48 @@ def unpack(parts, frames):
     return values, failures
 
 
-def prepare(directory, parts):
-    """Change directory, take the pushed variables from the request's buffers."""
+def set_aside(frames):
+    """Leave nothing in place of the large ones; (they, [[number, bytes], ...] for `take`)."""
+    aside = [[number, len(frame)] for number, frame in enumerate(frames) if len(frame) >= LARGE]
+    large = [frames[number] for number, _ in aside]
+    for number, _ in aside:
+        frames[number] = b""
+    return large, aside
+
+
+def join(path):
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(path)
+    return connection
+
+
+def give(connect, large):
+    """Send what was set aside, until nobody takes it any more."""
+    with contextlib.suppress(OSError), contextlib.closing(connect()) as connection:
+        for frame in large:
+            connection.sendall(frame)
+
+
+def take(connect, frames, aside):
+    """Receive what was set aside, into pages as large as there are: it is for the many small
+    ones that ZMQ takes long. Raises EOFError or OSError where it ends too soon."""
+    with contextlib.closing(connect()) as connection:
+        connection.settimeout(60)
+        for number, size in aside:
+            area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                area.madvise(mmap.MADV_HUGEPAGE)
+            rest = frames[number] = memoryview(area)
+            while rest:
+                came = connection.recv_into(rest)
+                if not came:
+                    raise EOFError("what was sent ended too soon")
+                rest = rest[came:]
+
+
+def prepare(directory, parts, path, aside):
+    """Change directory, take the pushed variables: from the request's buffers, and, where
+    they are large, by way of `path`."""
     shell = get_ipython()
     if directory:
         if not os.path.isdir(directory):
@@ -254,15 +297,18 @@ def prepare(directory, parts):
     if parts:
         before_6 = not hasattr(shell.kernel, "get_parent")  # ipykernel
         parent = shell.kernel._parent_header if before_6 else shell.kernel.get_parent()
+        if path:
+            take(lambda: join(path), parent["buffers"], aside)
         values, failures = unpack(parts, parent["buffers"])
         if failures:
             raise ValueError("; ".join(text for _, text in failures))
         shell.user_ns.update(values)
 
 
-def send(names, protocol, copy, comm=[]):
-    """Publish the variables `names` as buffers of one message of the one `comm`. Those that
-    can't go are named in its data. A `copy`, since another client might change them."""
+def send(names, protocol, copy, path, comm=[]):
+    """Publish the variables `names` as buffers of one message of the one `comm`, the large ones
+    by way of `path`. Those that can't go are named in its data. A `copy`, since another client
+    might change them."""
     namespace = get_ipython().user_ns
     parts, frames, failures = pack(
         {str(name): namespace[name] for name in names if name in namespace}, protocol)
@@ -274,7 +320,11 @@ def send(names, protocol, copy, comm=[]):
         except ImportError:  # before ipykernel 6
             from ipykernel.comm import Comm as create_comm
         comm.append(create_comm(target_name="remote_exec", primary=False))
-    comm[0].send({"remote_exec": [parts, failures]},
+    large, aside = set_aside(frames) if path else ((), ())
+    if large:
+        connection = join(path)
+        threading.Thread(target=give, args=(lambda: connection, large)).start()
+    comm[0].send({"remote_exec": [parts, failures, aside]},
                  buffers=list(map(bytes, frames)) if copy else frames)
 
 
@@ -287,9 +337,10 @@ def publish_all(kernel):
 
 # taken once: this file may change while a session is open
 REMOTE_SOURCE = "\n".join((
-    "import contextlib, gc, io, os, pickle, sys, types",
-    "from IPython import get_ipython", f"IN_BAND = {IN_BAND}", *map(inspect.getsource, (
-        Unpickler, uncollected, Chunks, pickled, pack, load, unpack, prepare, send, publish_all))))
+    "import contextlib, gc, io, mmap, os, pickle, socket, sys, threading, types",
+    "from IPython import get_ipython", f"IN_BAND, LARGE = {IN_BAND}, {LARGE}",
+    *map(inspect.getsource, (Unpickler, uncollected, Chunks, pickled, pack, load, unpack, set_aside,
+                             join, give, take, prepare, send, publish_all))))
 # makes the module, and adds `pickle` and `os` to the user's namespace and nothing else
 SETUP_CODE = (
     "import os, pickle\n"
@@ -743,6 +794,23 @@ class Kernel:
             pass
         self.screen.finish(self.name)
 
+    @contextlib.contextmanager
+    def aside(self):
+        """(path, function that accepts a connection) of a Unix socket for the large buffers of
+        one request, to or from a kernel of ours that is reached by such; else ("", None)."""
+        if not (self.manager and self.client.transport == "ipc" and self.protocol == 5):
+            yield "", None
+            return
+        path = tempfile.mktemp(prefix="", dir=os.path.dirname(self.client.ip))
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            try:
+                yield path, lambda: listener.accept()[0]
+            finally:
+                os.unlink(path)
+                listener.shutdown(socket.SHUT_RDWR)  # ends an accept()
+
     # what is done with it
 
     def step(self, value=None):
@@ -1062,6 +1130,37 @@ def start(kernel):
             kernel.stop()
 
 
+def push(kernel, directory, parts, frames):
+    """Have a Python kernel set up, its directory changed, and what is pushed taken there."""
+    frames = list(frames)
+    with kernel.aside() as (path, accept):
+        large, aside = set_aside(frames) if path else ((), ())
+        if large:
+            threading.Thread(target=give, args=(accept, large), daemon=True).start()
+        yield from execute(kernel, "" if kernel.set_up else SETUP_CODE, remote_call(
+            prepare, directory, parts, path if large else "", aside), buffers=frames)
+    kernel.set_up = True
+
+
+def fetch(kernel, code, names):
+    """Execute code and bring variables back; returns ({name: value}, failures)."""
+    with kernel.aside() as (path, accept):
+        answer = yield from execute(kernel, code, remote_call(
+            send, names, kernel.protocol, not kernel.manager, path), silent=not code.strip())
+        if answer.outputs is None:
+            raise Failed("LostReplyError", "the outputs were lost; fetch them without code")
+        (parts, failures, aside), frames = answer.outputs
+        try:
+            if aside:
+                take(accept, frames, aside)
+            values, more = unpack(parts, frames)
+        except (EOFError, OSError) as error:
+            raise Failed("LostReplyError", f"{error}; fetch them without code") from None
+        except KeyboardInterrupt:
+            raise Failed("KeyboardInterrupt", "not loaded here") from None
+    return {name: values[name] for name in names if name in values}, failures + more
+
+
 class Driver:
     """Goes on with what is done with kernels, with one limit, and one Ctrl-C, for all of them,
     which is counted while this is entered."""
@@ -1154,7 +1253,7 @@ def ask_user(prompt, password):
     return (getpass.getpass if password else builtins.input)(prompt)
 
 
-WORK_HERE = {work.__code__ for work in (pack, unpack, ask_user)}  # that Ctrl-C ends at once
+WORK_HERE = {work.__code__ for work in (pack, take, unpack, ask_user)}  # that Ctrl-C ends at once
 
 
 def some(kernels):
@@ -1326,30 +1425,20 @@ class Call(Driver):
             raise UsageError(f"{kernel.name} runs {kernel.language}: -o, -p and :DIRECTORY need a "
                              "Python kernel")
         if kernel.protocol and (directory or self.push or not kernel.set_up):
-            parts, frames = self.pack(kernel.protocol) if self.push else ([], None)
-            yield from execute(kernel, "" if kernel.set_up else SETUP_CODE,
-                               remote_call(prepare, directory, parts), buffers=frames)
-            kernel.set_up, frames = True, None
+            yield from push(kernel, directory, *(
+                self.pack(kernel.protocol) if self.push else ((), ())))
         yield BARRIER
 
         self.packed = self.push = None  # a run in the background keeps no objects alive
-        names = self.outputs
-        if self.has_code or self.outputs:
-            fetch = names and remote_call(send, names, kernel.protocol, not kernel.manager)
-            answer = yield from execute(kernel, code, fetch, silent=not code.strip())
-        if names:
-            if answer.outputs is None:
-                raise Failed("LostReplyError", "the outputs were lost; fetch them without code")
-            (parts, failures), frames = answer.outputs
-            try:
-                values, more = unpack(parts, frames)
-            except KeyboardInterrupt:
-                raise Failed("KeyboardInterrupt", "not loaded here") from None
-            vars(kernel.namespace).update({name: values[name] for name in names if name in values})
+        if self.outputs:
+            values, failures = yield from fetch(kernel, code, self.outputs)
+            vars(kernel.namespace).update(values)
             kernel.awaited = [name for name in kernel.awaited if name not in values]
-            if failures or more:
-                (ename, evalue), *rest = map(tuple, failures + more)
+            if failures:
+                (ename, evalue), *rest = map(tuple, failures)
                 raise Failed(ename, "; ".join([evalue, *map("{0[0]}: {0[1]}".format, rest)]))
+        elif self.has_code:
+            yield from execute(kernel, code, silent=False)
 
     def pack(self, protocol):
         """(parts, frames) of what is pushed."""
