@@ -323,7 +323,7 @@ def send(names, protocol, copy, path, comm=[]):
     large, aside = set_aside(frames) if path else ((), ())
     if large:
         connection = join(path)
-        threading.Thread(target=give, args=(lambda: connection, large)).start()
+        threading.Thread(target=give, args=(lambda: connection, large), daemon=True).start()
     comm[0].send({"remote_exec": [parts, failures, aside]},
                  buffers=list(map(bytes, frames)) if copy else frames)
 
@@ -1155,6 +1155,7 @@ def fetch(kernel, code, names):
                 take(accept, frames, aside)
             values, more = unpack(parts, frames)
         except (EOFError, OSError) as error:
+            yield from request(kernel, "kernel_info_request", {})  # it may be dead
             raise Failed("LostReplyError", f"{error}; fetch them without code") from None
         except KeyboardInterrupt:
             raise Failed("KeyboardInterrupt", "not loaded here") from None

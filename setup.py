@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.8",
     install_requires=["ipython>=7.31", "jupyter_client>=8.0"],
     extras_require={"test": [
-        "pytest", "hypothesis", "pexpect", "numpy", "pandas", "ipykernel", "bash_kernel",
+        "pytest", "pytest-xdist", "hypothesis", "pexpect", "numpy", "pandas", "ipykernel", "bash_kernel",
         "cloudpickle", "nbclient", "nbformat", "sshpyk", "ipyparallel", "matplotlib",
         "ipywidgets", "tqdm", "rich",
         "remote_ikernel; python_version >= '3.10'",

@@ -58,6 +58,7 @@ SSH_LINK = os.environ.get("REMOTE_EXEC_SSH_LINK")
 with warnings.catch_warnings():  # there is no file to register marks in
     warnings.simplefilter("ignore")
     newest, marked_bench = pytest.mark.newest, pytest.mark.bench
+    one_after_another = pytest.mark.xdist_group("hosts")  # they share the link, and the queue
 over_ssh = pytest.mark.skipif(not SSH_HOST, reason="no second host: REMOTE_EXEC_SSH_HOST")
 
 
@@ -661,6 +662,31 @@ def test_three_gigabytes():
     assert float(used) < 1.2 and rest == [str(3 * 2 ** 30), "True", "True", str(384 * 383 // 2)]
 
 
+def test_large_values(session):
+    """They go aside of ZMQ, both ways, among small ones, and leave nothing behind."""
+    session.ns.update(large=np.arange(1e6), text=b"x" * 3_000_000, small=np.arange(9))
+    session.ok("-k a -p large,text,small -o there there = [large, text, small, large * 2]")
+    before = files(), len(os.listdir("/dev/fd"))
+    for _ in range(2):
+        session.ok("-k a -p large -o there,large large += 1")
+        large, text, small, twice = session.a.there
+        assert (twice == session.large * 2).all() and text == session.text and small[8] == 8
+        assert large.flags.writeable and (session.a.large == session.large + 1).all()
+    assert (files(), len(os.listdir("/dev/fd"))) == before
+
+
+def test_large_values_that_do_not_come(session):
+    session.ok("-k a", "import numpy as np, time, _remote_exec as far\n"
+               "give, x = far.give, np.zeros(1_000_000)\nfar.give = lambda *_: time.sleep(60)")
+    assert session.interrupted("-k a -o x", presses=[1]) == "a not loaded here"
+    session.ok("-k a -o x far.give = give; x += 1")
+    assert (session.a.x == 1).all()
+    session.ok("-k a far.give = lambda connect, large: "
+               "(connect().sendall(large[0][:9]), time.sleep(1), os._exit(3))")
+    assert session.fails("-k a -o x")["a"].ename == "DeadKernelError"
+    session.ok("-k a 1;")
+
+
 def test_many_values(session):
     session.ok("-k a -o arrays," + ",".join(f"v{i}" for i in range(200)),
                "import numpy as np\narrays = [np.arange(10) for _ in range(20000)]\n"
@@ -1171,8 +1197,11 @@ def test_unix_sockets(session):
     assert info["transport"] == "ipc" and os.stat(folder).st_mode & 0o777 == 0o700
     assert str(file.parent) == jupyter_runtime_dir() not in folder
     assert file.stat().st_mode & 0o777 == 0o600
-    said = [each.read_text() for each in pathlib.Path(f"/proc/{pid}/fd").iterdir()
-            if os.readlink(each).startswith(tempfile.gettempdir())]  # its standard error
+    said = []
+    for each in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it may open and close some
+            if os.readlink(each).startswith(tempfile.gettempdir()):  # its standard error
+                said.append(each.read_text())
     assert said and not any("ncrypt" in text for text in said)
     client = BlockingKernelClient(connection_file=str(file))
     client.load_connection_file()
@@ -1380,6 +1409,7 @@ def job(spec, monkeypatch):
 
 
 @in_queue
+@one_after_another
 def test_batch_queue(session, job):
     """Jobs on two nodes, one of them at an address that nobody knew before."""
     session.ns["gift"] = np.arange(1e6)
@@ -1408,6 +1438,7 @@ def test_batch_queue(session, job):
 
 
 @in_queue
+@one_after_another
 def test_waiting_in_the_queue(session, job, monkeypatch, told):
     """A job on hold, for longer than it may; and until Ctrl-C, which leaves the others."""
     magics = session.shell.magics_manager.registry["RemoteExecMagics"]
@@ -1426,6 +1457,7 @@ def test_waiting_in_the_queue(session, job, monkeypatch, told):
 
 
 @in_queue
+@one_after_another
 @pytest.mark.parametrize("options, change, cause", [
     (["-p", "nowhere"], ("", ""), "invalid partition"),
     ([], ("{connection_file}", "/not/shared.json"), "/not/shared.json: No such file"),
@@ -1439,6 +1471,7 @@ def test_job_that_cannot_start(session, job, monkeypatch, options, change, cause
 
 
 @in_queue
+@one_after_another
 def test_end_with_jobs(session, job):
     """Another session's end takes its jobs out of the queue, also a busy one, and not ours."""
     session.ok("-k q=slurm-two -o x x = 1")
@@ -1455,6 +1488,7 @@ def test_end_with_jobs(session, job):
 
 
 @in_queue
+@one_after_another
 def test_job_that_outlives_the_session(session, job, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     subprocess.run(["sh", "-c", readme_block("sh", "sbatch").replace(
@@ -1966,6 +2000,7 @@ def far_specs(spec):
 
 
 @over_ssh
+@one_after_another
 @newest  # sshpyk needs a newer jupyter_client than the floor
 @pytest.mark.parametrize("name", ["sshpyk-far", "rik-far"])
 def test_far_kernel(session, far_specs, name):
@@ -1990,6 +2025,7 @@ def test_far_kernel(session, far_specs, name):
 
 
 @over_ssh
+@one_after_another
 @newest
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "127.0.0.77"])  # unknown, refused
 def test_far_kernel_that_cannot_start(session, spec, host):
@@ -2000,6 +2036,7 @@ def test_far_kernel_that_cannot_start(session, spec, host):
 
 
 @over_ssh
+@one_after_another
 @newest
 @pytest.mark.skipif(not SSH_LINK, reason="no link to cut: REMOTE_EXEC_SSH_LINK")
 def test_network_outage(session, far_specs, told):
@@ -2021,6 +2058,7 @@ def test_network_outage(session, far_specs, told):
 
 
 @over_ssh
+@one_after_another
 @newest
 def test_end_over_ssh(far_specs):
     done = ipython(*script(
@@ -2035,6 +2073,7 @@ def test_end_over_ssh(far_specs):
 
 
 @over_ssh
+@one_after_another
 @newest
 def test_killed_tunnel(session, far_specs):
     session.ok("-k far=sshpyk-far -o pid pid = os.getpid()")
@@ -2077,6 +2116,7 @@ def gateway(tmp_path, monkeypatch):
 
 
 @over_ssh
+@one_after_another
 @newest
 def test_gateway_provisioners(session, gateway):
     session.ok("-k a,g=gateway:/usr,h=gateway -o where,ip", (
@@ -2102,12 +2142,11 @@ OLD = {"2.7": ["ipykernel<5", "numpy"],
        "3.8": ["ipykernel<6.30", "numpy<1.25"]}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def installs(request, tmp_path_factory):
-    """By version: (interpreter, folder of its packages, the pip that fills it), for
-    those that are tested; the pips work while the other tests run."""
+@pytest.fixture(scope="module")
+def installs(tmp_path_factory):
+    """By version: (interpreter, folder of its packages, the pip that fills it)."""
     found, pyenv = {}, pathlib.Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
-    for version in OLD if any("old_pythons" in item.name for item in request.session.items) else ():
+    for version in OLD:
         folder = str(tmp_path_factory.mktemp(f"python{version}"))
         for python in sorted(map(str, pyenv.glob(f"versions/{version}.*/bin/python")))[-1:]:
             # the pip of 3.6 does not heed which Python a package is for
@@ -2121,6 +2160,7 @@ def installs(request, tmp_path_factory):
 
 
 @newest
+@pytest.mark.xdist_group("old")
 @pytest.mark.parametrize("version", OLD)
 def test_old_pythons(session, spec, version, installs):
     if version not in installs:
@@ -2299,6 +2339,7 @@ def test_bench_a_hundred_kernels(session):
 
 
 @over_ssh
+@one_after_another
 @bench
 def test_bench_ssh(session, far_specs, tmp_path):
     session.ok("-k far=sshpyk-far import numpy as np; "
