@@ -739,7 +739,10 @@ class Kernel:
             return False
         self.disconnect()
         self.client, self.file_seen, self.session = client, seen, client.session.session
-        client.start_channels(hb=False)
+        client.context.immediate = True  # it can be written to if, and only if, it is connected
+        client.stdin_channel.start()
+        del client.context.immediate
+        client.start_channels(hb=False, stdin=False)
         self.sockets = {channel: getattr(client, f"{channel}_channel").socket
                         for channel in ("iopub", "shell", "stdin", "control")}
         self.monitor = self.sockets["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
@@ -986,6 +989,7 @@ def request(kernel, kind, content, **more):
     dying = note = None           # the question whether it lives; what is told of the waiting
     hurry, interrupted, late = None, 0, False  # why it is interrupted, and since when
     told = False                  # an interrupt_request was sent
+    typed = None                  # the answer to its question
     while True:
         came = kernel.listen(answer)
         if answer.reply is not None and not kernel.unanswered and (
@@ -1040,13 +1044,15 @@ def request(kernel, kind, content, **more):
                 kernel.later(kernel.manager.signal_kernel(signal.SIGINT))
         if late and now - interrupted > HEEDLESS:
             raise Failed("TimeoutError", f"{hurry.args[1]}, ignores the interrupt; -s replaces it")
+        if typed is not None and kernel.sockets["stdin"].poll(0, zmq.POLLOUT):
+            kernel.send("stdin", "input_reply", {"value": typed})
+            typed, heard = None, now
         if answer.question and came:
             kernel.listen_on(0.05, answer)  # what was printed before stands before
         try:
             value = yield answer.question or note
             if value is not None:
-                kernel.send("stdin", "input_reply", {"value": value})
-                answer.question, heard = None, time.monotonic()
+                typed, answer.question = value, None
         except Failed as error:
             if kind == "kernel_info_request":
                 raise
@@ -1111,6 +1117,8 @@ def start(kernel):
                 yield next(steps) if steps else None
             except StopIteration as stop:
                 answer = stop.value
+        while not kernel.sockets["stdin"].poll(0, zmq.POLLOUT):
+            yield  # until then, a question would be lost
         language = dict(answer.reply.get("language_info") or {})
         version = tuple(map(int, re.findall(r"\d+", str(language.get("version")))[:2]))
         if language.get("name") == "python":

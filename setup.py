@@ -18,8 +18,8 @@ setup(
     python_requires=">=3.8",
     install_requires=["ipython>=7.31", "jupyter_client>=8.0"],
     extras_require={"test": [
-        "pytest", "pytest-xdist", "hypothesis", "pexpect", "numpy", "pandas", "ipykernel", "bash_kernel",
-        "cloudpickle", "nbclient", "nbformat", "sshpyk", "ipyparallel", "matplotlib",
+        "pytest", "pytest-xdist", "hypothesis", "pexpect", "numpy", "pandas", "ipykernel",
+        "bash_kernel", "cloudpickle", "nbclient", "nbformat", "sshpyk", "ipyparallel", "matplotlib",
         "ipywidgets", "tqdm", "rich",
         "remote_ikernel; python_version >= '3.10'",
         "gateway_provisioners; python_version >= '3.10'"]},

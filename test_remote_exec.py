@@ -1214,6 +1214,14 @@ def test_unix_sockets(session):
     assert not list(pathlib.Path(folder).glob(name + "*"))
 
 
+def test_question_of_a_new_kernel(session, monkeypatch):
+    """Is not lost, though ZMQ connects each socket when it comes to it."""
+    monkeypatch.setattr("builtins.input", lambda prompt: "")
+    for _ in range(10):  # one in 15 was
+        session.ok("-k c=python3 -t 20 -o name -s name = input('who? ')")
+        assert session.c.name == ""
+
+
 def test_tcp_if_the_user_wants(session, monkeypatch):
     """Encrypted, where jupyter_client can: then strangers hear nothing."""
     monkeypatch.setitem(session.shell.config, "KernelManager", Config(transport="tcp"))
@@ -2042,19 +2050,25 @@ def test_far_kernel_that_cannot_start(session, spec, host):
 def test_network_outage(session, far_specs, told):
     """Without a network -t and Ctrl-C work, and a result arrives."""
     session.ok("-k far=sshpyk-far,late=sshpyk-far,stopped=sshpyk-far 1")
-    cut = subprocess.Popen(["sh", "-c", f"sleep 1; ip link set {SSH_LINK} down; sleep 20; "
-                                        f"ip link set {SSH_LINK} up"])
+    def cut(begin, end):
+        return subprocess.Popen(["sh", "-c", f"sleep {begin}; ip link set {SSH_LINK} down; "
+                                             f"sleep {end}; ip link set {SSH_LINK} up"])
+    away = cut(1, 16)
     try:
         failures = session.fails("-k late -t 2 import time; time.sleep(4); x = 7")
         assert failures["late"].ename == "TimeoutError" and session.took < 12
         session.interrupted("-k stopped import time; time.sleep(4); x = 7", presses=[1, 1])
         assert "late is still busy" in session.misused("-k late,far 1")
-        assert session.interrupted("-k stopped -s", presses=[1]) == "stopped not waited for"
         session.ok("-k far -o x import time; time.sleep(3); x = 7")
     finally:
-        cut.wait()
+        away.wait()
     assert session.far.x == 7
     assert any("late does not answer since" in text for text in told)
+    away = cut(0, 3)
+    try:
+        assert session.interrupted("-k stopped -s", presses=[1]) == "stopped not waited for"
+    finally:
+        away.wait()
 
 
 @over_ssh
