@@ -57,8 +57,8 @@ SSH_HOST = os.environ.get("REMOTE_EXEC_SSH_HOST")
 SSH_LINK = os.environ.get("REMOTE_EXEC_SSH_LINK")
 with warnings.catch_warnings():  # there is no file to register marks in
     warnings.simplefilter("ignore")
-    newest, marked_bench = pytest.mark.newest, pytest.mark.bench
-    one_after_another = pytest.mark.xdist_group("hosts")  # they share the link, and the queue
+    newest, marked_bench, far = pytest.mark.newest, pytest.mark.bench, pytest.mark.far
+    one_after_another = pytest.mark.xdist_group("hosts")  # they share the queue
 over_ssh = pytest.mark.skipif(not SSH_HOST, reason="no second host: REMOTE_EXEC_SSH_HOST")
 
 
@@ -147,6 +147,8 @@ def session(the_session):
     vars(session.a).clear()
     vars(session.b).clear()
     session.ns["press"] = f"__import__('os').kill({os.getpid()}, 2)"
+    # (a signal in the moment before one long sleep begins would not end it)
+    session.ns["wait"] = "any(map(__import__('time').sleep, [.1] * 600))"
     yield session
     kernels = session.magics.kernels
     others = ",".join(name for name in kernels if kernels[name].running and name not in "ab")
@@ -873,9 +875,9 @@ def test_kernel_that_cannot_start(session, spec, monkeypatch, tmp_path, argv, ca
 
 def test_interrupt(session):
     """Stops who runs, who keeps its state; keeps what the other returned, or shows why not."""
-    for other, a, b in (("x = 2", "{press}; time.sleep(60)", "pass"),
+    for other, a, b in (("x = 2", "{press}; {wait}", "pass"),
                         ("x = 3", "time.sleep(60)", "pass"), ("x = 4", "time.sleep(60)", "1/0")):
-        session.ns["fate"] = {"a": a.format(press=session.press), "b": f"{other}; {b}"}
+        session.ns["fate"] = {"a": a.format(**session.ns), "b": f"{other}; {b}"}
         line = session.interrupted("-k a,b -i fate -o x", "import time; state = 'kept'\n{fate}",
                                    presses=[] if "press" in a else [1])
         assert line == "a stopped" or "press" in a and line == "a, b stopped"
@@ -1361,8 +1363,7 @@ def test_connection_file_is_followed(session, spec, edit):
     """As a batch job writes where it runs; half-written, it is read again."""
     spec("moved", "sh", "-c", f"sleep .5; {edit}; exec {' '.join(LAUNCH)}")
     session.ok("-k moved -o pid pid = os.getpid()")
-    assert session.interrupted("-k moved -i press import time; {press}; time.sleep(60)") == (
-        "moved stopped")
+    assert session.interrupted("-k moved -i press,wait {press}; {wait}") == "moved stopped"
     session.ok("-k moved -s")
     assert gone(session.moved.pid, 1) and session.took < 2
 
@@ -2008,7 +2009,7 @@ def far_specs(spec):
 
 
 @over_ssh
-@one_after_another
+@far
 @newest  # sshpyk needs a newer jupyter_client than the floor
 @pytest.mark.parametrize("name", ["sshpyk-far", "rik-far"])
 def test_far_kernel(session, far_specs, name):
@@ -2033,7 +2034,7 @@ def test_far_kernel(session, far_specs, name):
 
 
 @over_ssh
-@one_after_another
+@far
 @newest
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "127.0.0.77"])  # unknown, refused
 def test_far_kernel_that_cannot_start(session, spec, host):
@@ -2044,7 +2045,7 @@ def test_far_kernel_that_cannot_start(session, spec, host):
 
 
 @over_ssh
-@one_after_another
+@far
 @newest
 @pytest.mark.skipif(not SSH_LINK, reason="no link to cut: REMOTE_EXEC_SSH_LINK")
 def test_network_outage(session, far_specs, told):
@@ -2072,7 +2073,7 @@ def test_network_outage(session, far_specs, told):
 
 
 @over_ssh
-@one_after_another
+@far
 @newest
 def test_end_over_ssh(far_specs):
     done = ipython(*script(
@@ -2087,7 +2088,7 @@ def test_end_over_ssh(far_specs):
 
 
 @over_ssh
-@one_after_another
+@far
 @newest
 def test_killed_tunnel(session, far_specs):
     session.ok("-k far=sshpyk-far -o pid pid = os.getpid()")
@@ -2130,7 +2131,7 @@ def gateway(tmp_path, monkeypatch):
 
 
 @over_ssh
-@one_after_another
+@far
 @newest
 def test_gateway_provisioners(session, gateway):
     session.ok("-k a,g=gateway:/usr,h=gateway -o where,ip", (
@@ -2191,7 +2192,7 @@ def test_old_pythons(session, spec, version, installs):
     assert (old.s, old.text, old.n) == ("plain", "h\xe9", [1, 2.5, None])
     assert old.array.dtype == float and old.array.flags.writeable and old.array[0] == 5
     assert old.one[0] is old.two[0] is old.n
-    session.interrupted("-k old -i press", "import time; {press}; time.sleep(60)")
+    session.interrupted("-k old -i press,wait {press}; {wait}")
     session.ok("-k old -o s -s s = 2")
 
 
@@ -2319,8 +2320,8 @@ def test_bench_ipyparallel(session, how, settings, arguments):
 
 @bench
 def test_bench_round_trip(session):
-    client = BlockingKernelClient(
-        connection_file=session.magics.kernels["a"].manager.connection_file)
+    client = BlockingKernelClient(  # a kernel of its own: ours would have two to answer
+        connection_file=session.magics.kernels["b"].manager.connection_file)
     client.load_connection_file()
     client.start_channels()
     client.wait_for_ready()
@@ -2353,7 +2354,7 @@ def test_bench_a_hundred_kernels(session):
 
 
 @over_ssh
-@one_after_another
+@far
 @bench
 def test_bench_ssh(session, far_specs, tmp_path):
     session.ok("-k far=sshpyk-far import numpy as np; "
