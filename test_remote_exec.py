@@ -148,7 +148,7 @@ def session(the_session):
     vars(session.b).clear()
     session.ns["press"] = f"__import__('os').kill({os.getpid()}, 2)"
     # (a signal in the moment before one long sleep begins would not end it)
-    session.ns["wait"] = "any(map(__import__('time').sleep, [.1] * 600))"
+    session.ns["wait"] = "[__import__('time').sleep(.1) for _ in range(600)]"
     yield session
     kernels = session.magics.kernels
     others = ",".join(name for name in kernels if kernels[name].running and name not in "ab")
