@@ -106,7 +106,7 @@ def label(name, text, labelled=True):
 # its own; what packs and unpacks serves on this side, too.
 
 IN_BAND = 65536  # bytes; a message frame of its own costs more than copying less
-LARGE = 1 << 20  # bytes; from there on ZMQ's own copying is what takes time
+LARGE = 1 << 20  # bytes; from there on it is getting memory for them that takes ZMQ long
 
 
 class Unpickler(pickle.Unpickler):
@@ -270,8 +270,8 @@ def give(connect, large):
 
 
 def take(connect, frames, aside):
-    """Receive what was set aside, into pages as large as there are: it is for the many small
-    ones that ZMQ takes long. Raises EOFError or OSError where it ends too soon."""
+    """Receive what was set aside, into pages as large as there are: ZMQ would get many small
+    ones. Raises EOFError or OSError where it ends too soon."""
     with contextlib.closing(connect()) as connection:
         connection.settimeout(60)
         for number, size in aside:
@@ -811,8 +811,10 @@ class Kernel:
             try:
                 yield path, lambda: listener.accept()[0]
             finally:
-                os.unlink(path)
-                listener.shutdown(socket.SHUT_RDWR)  # ends an accept()
+                with contextlib.suppress(OSError):  # not on every system
+                    listener.shutdown(socket.SHUT_RDWR)  # ends an accept()
+                with contextlib.suppress(FileNotFoundError):  # the session ended meanwhile
+                    os.unlink(path)
 
     # what is done with it
 
@@ -1117,8 +1119,8 @@ def start(kernel):
                 yield next(steps) if steps else None
             except StopIteration as stop:
                 answer = stop.value
-        while not kernel.sockets["stdin"].poll(0, zmq.POLLOUT):
-            yield  # until then, a question would be lost
+        while not kernel.sockets["stdin"].poll(0, zmq.POLLOUT):  # a question would be lost
+            yield from request(kernel, "kernel_info_request", {})
         language = dict(answer.reply.get("language_info") or {})
         version = tuple(map(int, re.findall(r"\d+", str(language.get("version")))[:2]))
         if language.get("name") == "python":

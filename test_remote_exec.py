@@ -828,8 +828,9 @@ def test_background_ended(session):
     session.ok("-k a -o n -b import time; time.sleep(60)")
     session.shell.extension_manager.reload_extension("remote_exec")
     assert gone(pid)
-    with contextlib.suppress(Exception):
+    with pytest.raises(Exception, match="was shut down") as caught:  # the class is of before
         session.a.n  # noqa: B018
+    assert type(caught.value).__name__ == "RemoteError"
     session.ok("-k a=python3,b=python3 -o n n = 'newest'")
     assert session.a.n == session.b.n == "newest"
 
@@ -871,6 +872,14 @@ def test_kernel_that_cannot_start(session, spec, monkeypatch, tmp_path, argv, ca
     assert re.search(cause, session.fails("-k a,broken 1")["broken"].evalue), session.error
     assert "broken" not in session.ns and until(lambda: not files() - before)
     assert "trap" not in argv[-1] or until((tmp_path / "told").exists)
+
+
+def test_kernel_that_dies_before_it_can_ask(session, spec, tmp_path):
+    """It answers, but its stdin is at another port than its connection file has."""
+    copy = tmp_path / "copy.json"
+    spec("deaf", "sh", "-c", "sed 's/\"stdin_port\": [0-9]*/\"stdin_port\": 0/' "
+         f"{{connection_file}} >{copy}; timeout 4 {sys.executable} -m ipykernel_launcher -f {copy}")
+    assert "exit code 124" in session.fails("-k deaf 1")["deaf"].evalue and session.took < 15
 
 
 def test_interrupt(session):
