@@ -125,7 +125,7 @@ class Session:
         with pressing(*presses):
             self.run(line, cell)
         assert isinstance(self.error, KeyboardInterrupt), repr(self.error)
-        assert self.took < 7 + sum(presses)
+        assert self.took < 20 + sum(presses)
         assert self.error._render_traceback_() == [f"KeyboardInterrupt: {self.error}"]
         return str(self.error)
 
@@ -138,7 +138,7 @@ def the_session():
 
 
 @pytest.fixture
-def session(the_session):
+def session(the_session, tmp_path):
     """The session, with the long-lived kernels `a` and `b`, and no others."""
     session = the_session
     session.run("-k a=python3,b=python3")
@@ -149,6 +149,10 @@ def session(the_session):
     session.ns["press"] = f"__import__('os').kill({os.getpid()}, 2)"
     # (a signal in the moment before one long sleep begins would not end it)
     session.ns["wait"] = "[__import__('time').sleep(.1) for _ in range(600)]"
+    # code that waits there until a test calls `session.open()`
+    session.open = (tmp_path / "open").touch
+    session.ns["gate"] = (f"any(__import__('os').path.exists({str(tmp_path / 'open')!r}) or "
+                          "__import__('time').sleep(.02) for _ in iter(int, 1))")
     yield session
     kernels = session.magics.kernels
     others = ",".join(name for name in kernels if kernels[name].running and name not in "ab")
@@ -693,7 +697,7 @@ def test_many_values(session):
     session.ok("-k a -o arrays," + ",".join(f"v{i}" for i in range(200)),
                "import numpy as np\narrays = [np.arange(10) for _ in range(20000)]\n"
                "for i in range(200): globals()['v%d' % i] = i")
-    assert len(session.a.arrays) == 20000 and session.a.v199 == 199 and session.took < 5
+    assert len(session.a.arrays) == 20000 and session.a.v199 == 199 and session.took < 15
 
 
 @newest  # in the pickle of Python 3.8, too, but slower
@@ -709,15 +713,18 @@ def test_outputs_are_what_they_were(session):
 
 # ---- many kernels ---------------------------------------------------------
 
-def test_at_the_same_time(session, monkeypatch):
-    """They run, and stop: both have a thread that nobody ends, and the user's grace."""
-    monkeypatch.setitem(session.shell.config, "KernelManager", Config(shutdown_wait_time=2))
-    session.ok("-k c=python3,d=python3 import threading, time")
-    session.ok("-k c,d time.sleep(1); threading.Thread(target=time.sleep, args=(99,)).start()")
-    assert 1 <= session.took < 1.9
+def test_at_the_same_time(session, tmp_path, monkeypatch):
+    """They run, each until the other does; and stop: both have a thread that nobody ends, and
+    the user's grace, which is not the default's 2.5 s."""
+    monkeypatch.setitem(session.shell.config, "KernelManager", Config(shutdown_wait_time=7))
+    session.ns["flags"] = {"c": ("c", "d"), "d": ("d", "c")}
+    session.ok(f"-k c=python3:{tmp_path},d=python3:{tmp_path} -i flags -t 60", (
+        "import threading, time\nmine, others = {flags}\nopen(mine, 'w').close()\n"
+        "while not os.path.exists(others): time.sleep(.02)\n"
+        "threading.Thread(target=time.sleep, args=(99,)).start()"))
     pids = pid_of(session, "c"), pid_of(session, "d")
     session.ok("-k c,d -s")
-    assert session.took < 2 and all(map(gone, pids))  # by default, it takes 2.5 s
+    assert 3.5 < session.took < 7 and all(map(gone, pids))
 
 
 @pytest.mark.parametrize("line, names, cause", [
@@ -745,7 +752,7 @@ def test_each_alone_after(session, fate, ename, cause):
     """Who fails returns nothing, and takes nothing from the others; who dies starts anew."""
     session.ns["fate"] = {"a": fate, "b": "pass"}
     failures = session.fails("-k a,b -i fate -o x", "x = 2\n{fate}")
-    assert list(failures) == ["a"] and session.took < 5
+    assert list(failures) == ["a"] and session.took < 15
     assert failures["a"].ename == ename and cause in failures["a"].evalue
     assert "x" not in vars(session.a) and session.b.x == 2
     session.ok("-k a -o fresh fresh = 'x' not in dir()")
@@ -757,15 +764,13 @@ def test_each_alone_after(session, fate, ename, cause):
 def test_background(session):
     """Only what it is to bring is waited for; that it runs is told at once."""
     session.ok("-k a,b -o x,old x, old = 0, 1")
-    begin = time.monotonic()
-    session.ok("-k a,b -o x -b import time; time.sleep(2); x = 7")
-    assert session.took < 0.6
+    session.ok("-k a,b -i gate -o x -b {gate}; x = 7")
     assert re.search(r"running since \d\d:\d\d:\d\d.*: old, x>", repr(session.a))
     assert re.search(r"b +python3 +running since \d\d:\d\d:\d\d", session.ok("-l"))
     for namespace in (session.a, copy.copy(session.a), pickle.loads(pickle.dumps(session.a))):
         assert namespace.old == 1 and {"old", "x"} <= set(dir(namespace))
     session.ok("-k c=python3 1")  # others are not held up
-    assert time.monotonic() - begin < 1.9
+    session.open()
     assert session.a.x == session.b.x == 7
     session.ok("-k a,b")
     assert "since" not in repr(session.a) + session.ok("-l")
@@ -774,11 +779,14 @@ def test_background(session):
 def test_background_is_collected(session):
     """By the next call, which shows what it printed, and then goes on."""
     session.ok("-k b n = 0")
-    session.ok("-k a -b print('first'); import time; time.sleep(.5); print('second'); n = 1")
-    session.shell.run_cell(
-        "def run(code):\n    %remote_exec -k a,b -i code -o n -b {code}\n"
-        "for _ in range(3): run('n += 1; print(n)')").raise_error()
-    assert session.ok("-k a print('last')") == "4\nlast\n"
+    session.ok("-k a -b import time; time.sleep(.5); print('first'); n = 1")
+    with capture_output() as shown:
+        session.shell.run_cell(
+            "def run(code):\n    %remote_exec -k a,b -i code -o n -b {code}\n"
+            "for _ in range(3): run('n += 1; print(n)')").raise_error()
+    shown = shown.stdout + session.ok("-k a,b print('last')")
+    assert re.findall(r"\[a\] (.*)", shown) == ["first", "2", "3", "4", "last"]
+    assert re.findall(r"\[b\] (.*)", shown) == ["1", "2", "3", "last"]
     assert (session.a.n, session.b.n) == (4, 3)
 
 
@@ -799,11 +807,12 @@ def test_background_failure(session, code, ename):
 
 def test_background_interrupted(session):
     """Ctrl-C ends the waiting by attribute alone; in a call it interrupts the run."""
-    session.ok("-k a -o x -b import time; time.sleep(1.5); x = 7")
+    session.ok("-k a -i gate -o x -b {gate}; x = 7")
     with pressing(0.3), pytest.raises(KeyboardInterrupt):
         session.a.x  # noqa: B018
+    session.open()
     assert session.a.x == 7
-    session.ok("-k a -b time.sleep(60)")
+    session.ok("-k a -b import time; time.sleep(60)")
     assert session.interrupted("-k a 1", presses=[0.3]) == "a stopped"
     session.ok("-k a -b time.sleep(60)")
     assert session.fails("-k a -t 0.3")["a"].ename == "TimeoutError"
@@ -823,7 +832,7 @@ def test_background_ended(session):
     """By -s, and by the end of the session; nothing waits for it then."""
     session.ok("-k a,b -o n -b import time; time.sleep(60)")
     session.ok("-k a -s -o n n = 'new'")
-    assert session.took < 8 and session.a.n == "new"
+    assert session.took < 20 and session.a.n == "new"
     pid = pid_of(session, "a")
     session.ok("-k a -o n -b import time; time.sleep(60)")
     session.shell.extension_manager.reload_extension("remote_exec")
@@ -879,7 +888,7 @@ def test_kernel_that_dies_before_it_can_ask(session, spec, tmp_path):
     copy = tmp_path / "copy.json"
     spec("deaf", "sh", "-c", "sed 's/\"stdin_port\": [0-9]*/\"stdin_port\": 0/' "
          f"{{connection_file}} >{copy}; timeout 4 {sys.executable} -m ipykernel_launcher -f {copy}")
-    assert "exit code 124" in session.fails("-k deaf 1")["deaf"].evalue and session.took < 15
+    assert "exit code 124" in session.fails("-k deaf 1")["deaf"].evalue and session.took < 30
 
 
 def test_interrupt(session):
@@ -935,13 +944,15 @@ def test_interrupt_while_starting(session, spec):
     session.ok("-k a 1")
 
 
-def test_interrupt_while_stopping(session):
+def test_interrupt_while_stopping(session, monkeypatch):
     """A kernel with a thread that nobody ends; the prompt is back all the same."""
+    monkeypatch.setitem(session.shell.config, "KernelManager", Config(shutdown_wait_time=12))
+    session.ok("-k b -s 1")
     pid = pid_of(session, "b")
     session.ok("-k b import threading, time; "
                "threading.Thread(target=time.sleep, args=(99,)).start()")
     assert session.interrupted("-k b -s", presses=[0.3]) == "b not waited for"
-    assert session.took < 2 and not session.magics.kernels["b"].running and gone(pid)
+    assert session.took < 5 and not session.magics.kernels["b"].running and gone(pid, 30)
 
 
 @pytest.mark.parametrize("phases", [1, 2, 3])
@@ -990,7 +1001,7 @@ def test_late_code_that_catches_the_interrupt(session, code, evalue):
     pid = pid_of(session, "a")
     failure = session.fails("-k a -t 1 -o swallowed import time", code)["a"]
     assert failure.ename == "TimeoutError" and evalue in failure.evalue
-    assert "swallowed" not in vars(session.a) and session.took < 10
+    assert "swallowed" not in vars(session.a) and session.took < 20
     assert "ignores" not in evalue or "still busy" in session.misused("-k a 1")
     os.kill(pid, signal.SIGKILL)
     assert gone(pid)
@@ -1091,7 +1102,7 @@ def test_journey_of_the_outputs(session, line):
         assert session.far.x == 6
     with line.holding(60):
         session.interrupted("-k far -o x x = 7", presses=[0.5, 0.5])
-        assert session.took < 4
+        assert session.took < 20
     session.ok("-k far -o x x = 8")
     assert session.far.x == 8
 
@@ -1103,7 +1114,7 @@ def test_reply_that_is_lost(session, line, tmp_path):
     failures = session.fails("-k far -o x", (
         f"import time, os; x = 9; open({str(begun)!r}, 'w').close()\n"
         f"while not os.path.exists({str(over)!r}): time.sleep(.01)"))
-    assert failures["far"].ename == "LostReplyError" and session.took < 20
+    assert failures["far"].ename == "LostReplyError" and session.took < 40
     session.ok("-k far -o x")
     assert session.far.x == 9
 
@@ -1177,13 +1188,15 @@ def test_strange_text(session):
     session.ok("-k a -o x x = 1")
 
 
-def test_slow_start(session, spec, told):
-    """Several start at the same time; who is waited for is told, and it costs no CPU."""
-    spec("slow", "sh", "-c", f"sleep 4; exec {' '.join(LAUNCH)}")
+def test_slow_start(session, spec, told, tmp_path):
+    """Several start at the same time, here each when the other does; who is waited for is
+    told, and it costs no CPU."""
+    spec("slow", "sh", "-c", f"cd {tmp_path}; touch $$.starts; until [ $(ls *.starts | wc -l) = 2 "
+         f"]; do sleep .1; done; sleep 4; exec {' '.join(LAUNCH)}")
     begin = time.process_time()
     session.ok("-k a,s=slow,t=slow 1")
-    assert 4 < session.took < 8 and session.err == ""
-    assert time.process_time() - begin < 0.1 * session.took + 0.2  # the sockets, and a cell
+    assert session.took > 4 and session.err == ""
+    assert time.process_time() - begin < 0.15 * session.took + 0.2  # the sockets, and a cell
     assert any(re.fullmatch(r"starting s, t \(\d s\); ready: a", text) for text in told), told
     assert told[-1] == ""
 
@@ -1276,7 +1289,7 @@ def test_port_in_use(session, spec, tmp_path):
     flag = tmp_path / "flag"
     spec("taken", sys.executable, "-c", TAKEN.format(flag=str(flag)), *LAUNCH[-2:])
     session.ok("-k taken -o x x = 1")
-    assert flag.exists() and session.taken.x == 1 and session.took < 15
+    assert flag.exists() and session.taken.x == 1 and session.took < 40
 
 
 @pytest.mark.parametrize("transport", ["tcp", "ipc"])
@@ -1300,7 +1313,7 @@ def test_attached_kernel(session, transport, tmp_path):
         session.ok("-k far 1")
         manager.shutdown_kernel(now=True)
         assert "not started here" in session.fails("-k far 1")["far"].evalue
-        assert session.took < 10
+        assert session.took < 20
     file = os.path.basename(session.magics.kernels["a"].manager.connection_file)
     session.ok("-k a x = 12")
     session.ok(f"-k again={file} -o x")  # in Jupyter's runtime directory
@@ -1368,13 +1381,15 @@ def test_few_open_files(limit):
     "sed -i s/127.0.0.1/127.0.0.2/ {connection_file}",
     "f={connection_file}; sed s/127.0.0.1/127.0.0.2/ $f >$f.new; head -c 99 $f.new >$f; "
     "sleep .5; cat $f.new >$f; rm $f.new"])
-def test_connection_file_is_followed(session, spec, edit):
-    """As a batch job writes where it runs; half-written, it is read again."""
+def test_connection_file_is_followed(session, spec, monkeypatch, edit):
+    """As a batch job writes where it runs; half-written, it is read again. It is told there
+    that it is to end."""
+    monkeypatch.setitem(session.shell.config, "KernelManager", Config(shutdown_wait_time=60))
     spec("moved", "sh", "-c", f"sleep .5; {edit}; exec {' '.join(LAUNCH)}")
     session.ok("-k moved -o pid pid = os.getpid()")
     assert session.interrupted("-k moved -i press,wait {press}; {wait}") == "moved stopped"
     session.ok("-k moved -s")
-    assert gone(session.moved.pid, 1) and session.took < 2
+    assert gone(session.moved.pid, 1) and session.took < 20
 
 
 # ---- batch queues ---------------------------------------------------------
@@ -1445,14 +1460,14 @@ def test_batch_queue(session, job):
     failures = session.fails("-k a,p,q -i nap -o done import time; time.sleep({nap}); done = 1")
     assert [(name, each.ename) for name, each in failures.items()] == [
         ("p", "DeadKernelError"), ("q", "DeadKernelError")]
-    assert session.a.done == 1 and session.took < 10 and cancelling.wait() == 0
+    assert session.a.done == 1 and session.took < 20 and cancelling.wait() == 0
     session.ok("-k q -o x x = 5")
     scancel().wait()
     assert until(lambda: not jobs())
     session.ok("-k q -o x x = 6")
     assert "started anew" in session.err and session.q.x == 6
     session.ok("-k p,q -s")
-    assert until(lambda: not jobs(), 2)
+    assert until(lambda: not jobs(), 6)
 
 
 @in_queue
@@ -1465,11 +1480,11 @@ def test_waiting_in_the_queue(session, job, monkeypatch, told):
     failures = session.fails("-k a,held 1")
     assert [*failures] == ["held"] and failures["held"].ename == "TimeoutError"
     assert re.search("not ready after 2 s.*queued and waiting", failures["held"].evalue)
-    assert until(lambda: not jobs(), 2)
+    assert until(lambda: not jobs(), 6)
     monkeypatch.setattr(magics, "startup_timeout", 60)
     assert session.interrupted("-k a,held,c=python3 x = 1", presses=[4.5]) == "held not started"
     assert any(re.match(r"starting held \(\d s\).*ready: a, c", text) for text in told), told
-    assert until(lambda: not jobs(), 2)
+    assert until(lambda: not jobs(), 6)
     session.ok("-k a,c -o x x = 2")
     assert session.c.x == 2
 
@@ -1485,7 +1500,7 @@ def test_job_that_cannot_start(session, job, monkeypatch, options, change, cause
     monkeypatch.setattr(magics, "startup_timeout", 3)
     job("bad", "-w", NODES[1], *options, change=change)
     assert re.search(cause, session.fails("-k bad 1")["bad"].evalue)
-    assert until(lambda: not jobs(), 2)
+    assert until(lambda: not jobs(), 6)
 
 
 @in_queue
@@ -1500,7 +1515,7 @@ def test_end_with_jobs(session, job):
         "except Exception: pass",
         "import time; print(time.time())"))
     assert time.time() - float(done.stdout.splitlines()[-1]) < 4
-    assert until(lambda: jobs() == ours, 2)
+    assert until(lambda: jobs() == ours, 6)
     session.ok("-k q -o x x += 1")
     assert session.q.x == 2
 
@@ -1518,7 +1533,7 @@ def test_job_that_outlives_the_session(session, job, tmp_path, monkeypatch):
     assert session.q.x == 7 and session.q.node == NODES[1]
     scancel(after=1)
     assert session.fails("-k q import time; time.sleep(60)")["q"].ename == "DeadKernelError"
-    assert session.took < 8
+    assert session.took < 20
 
 
 # ---- a notebook -----------------------------------------------------------
@@ -1737,9 +1752,9 @@ def test_notebook_background_outputs(notebook):
     notebook.end(cell)
     before = notebook.value("sum(__import__('os').times()[:2])")
     notebook.until(lambda: "over" in notebook.text(cell))
-    assert notebook.value("sum(__import__('os').times()[:2])") - before < 0.3
+    assert notebook.value("sum(__import__('os').times()[:2])") - before < 1
     notebook.run("import time; begin = time.monotonic(); k1.y; took = time.monotonic() - begin")
-    assert notebook.value("k1.x, len(k1.y), took < 0.5, 'since' in repr(k1)") == (
+    assert notebook.value("k1.x, len(k1.y), took < 2, 'since' in repr(k1)") == (
         7, 10**6, True, False)
 
 
@@ -1750,7 +1765,7 @@ def test_notebook_background_flood(notebook):
     for _ in range(5):
         begin = time.monotonic()
         notebook.run("1 + 1")
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 6
     notebook.until(lambda: notebook.log[-1]["content"].get("text", "").endswith("199999\n"))
     assert notebook.text(cell) == "".join(f"{i}\n" for i in range(200000))
     assert notebook.value("k1.i") == 199999
@@ -1926,7 +1941,7 @@ def test_notebook_end():
     assert notebook.interrupt(cell) == "k4 still busy, -s replaces"
     begin = time.monotonic()
     notebook.close()
-    assert time.monotonic() - begin < 2.5  # what a front end grants
+    assert time.monotonic() - begin < 4  # a front end grants 2.5, on an idle machine
     assert all(gone(pid, 1) for pid in pids) and files() <= before
 
 
@@ -2176,7 +2191,7 @@ def installs(tmp_path_factory):
             # the pip of 3.6 does not heed which Python a package is for
             found[version] = python, folder, subprocess.Popen(
                 [sys.executable if version == "3.6" else python, "-m", "pip", "install", "-q",
-                 "--target", folder, *OLD[version]], stderr=subprocess.DEVNULL)
+                 "--no-compile", "--target", folder, *OLD[version]], stderr=subprocess.DEVNULL)
     yield found
     for _, _, pip in found.values():
         pip.kill()
