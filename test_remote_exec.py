@@ -794,9 +794,9 @@ def test_background_is_collected(session):
     ("1/0", "ZeroDivisionError"), ("os._exit(3)", "DeadKernelError"), ("y = 1", "NameError")])
 def test_background_failure(session, code, ename):
     """Is raised by whoever waits, before anything else is done, and told once."""
-    for wait in (lambda: session.ok("-k a marker = 1"), lambda: session.a.x):
+    for wait in (lambda: session.ok("-k a marker = 1"), lambda: session.a.nowhere):
         session.ok("-k a marker = 0")
-        session.ok(f"-k a -o y,x -b {code}")
+        session.ok(f"-k a -o y,nowhere -b {code}")
         with pytest.raises(rx.RemoteError) as caught:
             wait()
         assert caught.value.failures["a"].ename == ename
