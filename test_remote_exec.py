@@ -1123,9 +1123,12 @@ def test_outputs_that_are_lost(session, monkeypatch):
     """As when the connection breaks between them and the reply."""
     client = session.magics.kernels["a"].client.session
     recv = client.recv
-    monkeypatch.setattr(client, "recv", lambda *args, **options: next(
-        found for found in iter(lambda: recv(*args, **options), 0)
-        if found[1] is None or found[1]["msg_type"] != "comm_msg"))
+
+    def losing(*args, **options):
+        found = recv(*args, **options)
+        assert found[1]["msg_type"] != "comm_msg"
+        return found
+    monkeypatch.setattr(client, "recv", losing)
     assert session.fails("-k a -o x x = 1")["a"].ename == "LostReplyError"
     monkeypatch.undo()
     session.ok("-k a -o x")
@@ -1856,6 +1859,17 @@ def test_interact(notebook):
         ("x = 7", models["OutputModel"])]
 
 
+def test_linked_widgets(notebook):
+    """Follow each other over there, here a slider what a running `Play` says."""
+    widgets(notebook, "k1", (
+        "play, slider = w.Play(), w.IntSlider(); ids = play.model_id, slider.model_id\n"
+        "w.link((play, 'value'), (slider, 'value'))"))
+    play, slider = notebook.value("k1.ids")
+    for value in (1, 2, 3):
+        assert [each["content"]["data"]["state"]["value"] for each in notebook.move(
+            play, value=value) if each["content"].get("comm_id") == slider] == [value]
+
+
 def test_widgets_of_the_gone(notebook):
     """They raise nothing, whether their kernel died or was shut down."""
     widgets(notebook, "k2", "slider = w.IntSlider(); ids = slider.model_id, os.getpid()")
@@ -1893,6 +1907,16 @@ def test_progress_bars(notebook, options):
             for each in contents(notebook.log, "comm_msg")]
     for value in (1.0, 2.0, 3.0):
         assert len({bar for bar, reached in bars if reached == value}) == 2
+
+
+def test_rich_bars(notebook):
+    """Of several kernels, each redrawn in an `Output` of its own."""
+    messages = widgets(notebook, "k1,k2", (
+        "ids = 0\nfrom rich.progress import track\nfor _ in track(range(3)): pass"))
+    outputs = {each["comm_id"] for each in contents(messages, "comm_open")
+               if each["data"]["state"]["_model_name"] == "OutputModel"}
+    whole = [each for each in contents(messages, "display_data") if "100%" in str(each["data"])]
+    assert len(outputs) == len(whole) == 2
 
 
 # ---- notebooks without a front end, scripts, a terminal, and their ends ---
