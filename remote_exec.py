@@ -458,7 +458,7 @@ class Screen:
         self.file = sys.stdout
         self.unfinished = {}  # text without a line's end, by (kernel, stream)
         self.bar = 0          # length of the line that a progress bar left open
-        self.told = None      # the status line, while there is one
+        self.standing = None  # the status line, while there is one
 
     def write(self, file, text):
         if not self.notebook:
@@ -528,22 +528,22 @@ class Screen:
 
     def clear(self, wait):
         self.unfinished.clear()
-        self.bar, self.told = 0, None  # all of it goes
+        self.bar, self.standing = 0, None  # all of it goes
         self.shell.display_pub.clear_output(wait=wait)
 
     def status(self, text):
         """One line, updated in place, a display in a notebook; without text, none."""
-        if not text and not self.told:
+        if not text and not self.standing:
             return
         if self.notebook:
-            update, self.told = bool(self.told), self.told or uuid.uuid4().hex
+            update, self.standing = bool(self.standing), self.standing or uuid.uuid4().hex
             self.shell.display_pub.publish(
                 data={"text/plain": text} if text else {}, metadata={}, update=update,
-                transient={"display_id": self.told})
+                transient={"display_id": self.standing})
         elif sys.stderr.isatty():
-            self.told = text
+            self.standing = text
             print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-        self.told = text and self.told
+        self.standing = text and self.standing
 
 
 class Widgets:
@@ -1004,12 +1004,12 @@ def request(kernel, kind, content, **more):
     asked = probed = pinged = 0   # when it was asked whether it lives, and for its answer
     dying = note = None           # the question whether it lives; what is told of the waiting
     hurry, interrupted, late = None, 0, False  # why it is interrupted, and since when
-    told = False                  # an interrupt_request was sent
+    asked_to_stop = False         # by an interrupt_request
     typed = None                  # the answer to its question
     while True:
         came = kernel.listen(answer)
         if answer.reply is not None and not kernel.unanswered and (
-                not told or answer.interrupt_answered):
+                not asked_to_stop or answer.interrupt_answered):
             break
         if not kernel.sockets:
             raise Failed("ShutdownError", "the kernel was shut down")
@@ -1052,8 +1052,8 @@ def request(kernel, kind, content, **more):
                 "%H:%M:%S", time.localtime(time.time() - silent))
 
         # does it heed the interrupt? One that comes before the code has begun would be lost
-        if hurry and not told and (answer.begun or now - interrupted > SILENCE):
-            told = kernel.send("control", "interrupt_request", {})
+        if hurry and not asked_to_stop and (answer.begun or now - interrupted > SILENCE):
+            asked_to_stop = kernel.send("control", "interrupt_request", {})
         if hurry and not answer.interrupt_answered and now - interrupted > NO_MESSAGE:
             answer.interrupt_answered = True  # ipykernel before 6 heeds the signal alone
             if kernel.manager:
@@ -1077,7 +1077,7 @@ def request(kernel, kind, content, **more):
             if answer.reply is None or error.args[0] == "KeyboardInterrupt":
                 # the limit is one for the code, not for the journey of the outputs
                 hurry, interrupted, late = error, now, error.args[0] == "TimeoutError"
-                answer.interrupt_answered, answer.question, told = False, None, False
+                answer.interrupt_answered, answer.question, asked_to_stop = False, None, False
 
     kernel.screen.finish(kernel.name)
     ename, evalue, lines = answer.failure or ("", "", [])
@@ -1240,26 +1240,33 @@ class Driver:
                 if isinstance(kernel.waits_for, tuple) and self.presses == self.heeded:
                     self.put_question(kernel)
             waiting = [each for each in waiting if each.steps and each.waits_for != BARRIER]
-            if waiting and now - told > 1:  # tell who is waited for, and since when
+            if waiting and now - told > 1:
                 told = now
-                self.screen.file.flush()
-                notes = [f"; {each.name} {each.waits_for}" for each in waiting
-                         if isinstance(each.waits_for, str)]
-                if now - begin > 3 and (len(kernels) > 1 or notes or not waiting[0].language):
-                    ready = some(kernel for kernel in kernels if kernel not in waiting)
-                    self.screen.status(f"{doing} {some(waiting)} ({now - begin:.0f} s)" + "".join(
-                        notes[:3]) + (ready and f"; ready: {ready}"))
-            owners = {each: kernel for kernel in waiting for each in kernel.sockets.values()}
-            if owners:
-                pause = 100 if all(kernel.sockets for kernel in waiting) else 20
-                ready = {owners[each] for each, _ in zmq.zmq_poll(
-                    [(each, zmq.POLLIN) for each in owners], pause)}
-            elif waiting:  # a poll of nothing would not wait
-                ready = time.sleep(0.02)
+                self.tell(kernels, waiting, doing, now - begin)
+            ready = self.poll(waiting)
             if not ready or time.monotonic() - stepped > 0.1:
                 stepped, ready = time.monotonic(), waiting
         self.screen.status("")
         self.screen.file.flush()
+
+    def tell(self, kernels, waiting, doing, seconds):
+        """Show what has been printed, and, after 3 s, who is waited for."""
+        self.screen.file.flush()
+        notes = [f"; {each.name} {each.waits_for}" for each in waiting
+                 if isinstance(each.waits_for, str)]
+        if seconds > 3 and (len(kernels) > 1 or notes or not waiting[0].language):
+            ready = some(kernel for kernel in kernels if kernel not in waiting)
+            self.screen.status(f"{doing} {some(waiting)} ({seconds:.0f} s)" + "".join(notes[:3])
+                               + (ready and f"; ready: {ready}"))
+
+    def poll(self, kernels):
+        """Those from which something has come, within 0.1 s."""
+        owners = {each: kernel for kernel in kernels for each in kernel.sockets.values()}
+        if kernels and not owners:  # a poll of nothing would not wait
+            time.sleep(0.02)
+        pause = 100 if all(kernel.sockets for kernel in kernels) else 20
+        return {owners[each] for each, _ in zmq.zmq_poll(
+            [(each, zmq.POLLIN) for each in owners], pause)} if owners else ()
 
     def put_question(self, kernel):
         """Ask here what the kernel asks."""

@@ -1244,9 +1244,10 @@ def test_unix_sockets(session):
 def test_question_of_a_new_kernel(session, monkeypatch):
     """Is not lost, though ZMQ connects each socket when it comes to it."""
     monkeypatch.setattr("builtins.input", lambda prompt: "")
-    for _ in range(10):  # one in 15 was
-        session.ok("-k c=python3 -t 20 -o name -s name = input('who? ')")
-        assert session.c.name == ""
+    for _ in range(3):  # one in 15 was
+        session.ok("-k c=python3,d=python3,e=python3,f=python3 -t 60 -o name -s "
+                   "name = input('who? ')")
+        assert session.c.name == session.d.name == session.e.name == session.f.name == ""
 
 
 def test_tcp_if_the_user_wants(session, monkeypatch):
@@ -1916,7 +1917,7 @@ def test_rich_bars(notebook):
     outputs = {each["comm_id"] for each in contents(messages, "comm_open")
                if each["data"]["state"]["_model_name"] == "OutputModel"}
     whole = [each for each in contents(messages, "display_data") if "100%" in str(each["data"])]
-    assert len(outputs) == len(whole) == 2
+    assert len(outputs) == 2 <= len(whole)
 
 
 # ---- notebooks without a front end, scripts, a terminal, and their ends ---
@@ -2401,6 +2402,8 @@ def test_bench_round_trip(session, tmp_path):
 
 @bench
 def test_bench_a_hundred_kernels(session):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (  # as is usual
+        1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     session.ns["hundred"] = [f"n{i}=python3" for i in range(100)]
     for what, line in (("start 100 kernels", "-k {hundred}"),
                        ("a cell on 100 kernels", "-k {hundred} -o x x = 1"),
