@@ -667,29 +667,24 @@ class Kernel:
         """Future of `coroutine`, which runs beside us."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
-    def stop(self, grace=0, patience=2):
-        """Future of the end of the process: it has `grace` seconds after a shutdown_request, if
-        any, which a busy one would not heed, and `patience` after SIGTERM: srun that is killed
-        at once would leave its job in the queue. An attached kernel is left alone: None."""
-        manager, client, launched, stderr = self.manager, self.client, self.launched, self.stderr
-        grace = 0 if self.unanswered else grace
-
-        async def gone():
-            while await manager.is_alive():
-                await asyncio.sleep(0.05)
+    def stop(self, seconds=2):
+        """Future of the end of the process, which jupyter_client sees to: a shutdown_request,
+        after half of the `seconds` (None: c.KernelManager.shutdown_wait_time) SIGTERM, in the
+        end SIGKILL. A busy one, which would not heed a request, gets SIGTERM at once: srun that
+        is killed would leave its job in the queue. An attached one is left alone: None."""
+        manager, launched, stderr = self.manager, self.launched, self.stderr
+        client = None if self.unanswered else self.client
 
         async def end():
             await asyncio.gather(asyncio.wrap_future(launched), return_exceptions=True)
             try:
-                if grace and client:
+                if client:
                     manager._close_control_socket()  # the connection file was followed
                     manager.ip, manager.control_port = client.ip, client.control_port
                     await manager.request_shutdown()
-                for act, seconds in (None, grace), ("terminate", patience), ("kill", 5):
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        if act and await manager.is_alive():
-                            await asyncio.wait_for(getattr(manager.provisioner, act)(), 5)
-                        await asyncio.wait_for(gone(), seconds)
+                elif await manager.is_alive():
+                    await manager.provisioner.terminate()
+                await manager.finish_shutdown(seconds, 0.05)
                 if await manager.is_alive():
                     raise TimeoutError("it could not be killed")
             finally:
@@ -1414,7 +1409,7 @@ class Call(Driver):
         # it may have ended, or been restarted by its owner, since it was seen to work
         suspect = kernel.running and (kernel.exited or kernel.broken > kernel.checked)
         if self.replace:
-            end = kernel.stop(getattr(kernel.manager, "shutdown_wait_time", 0) / 2)
+            end = kernel.stop(seconds=None)
             while end and not end.done():
                 yield
             if end and end.exception():
@@ -1650,7 +1645,7 @@ class RemoteExecMagics(Magics):
                     kernel.manager.connection_file = ""
             return
         for kernel in running:
-            kernel.stop(grace=0.6, patience=1)
+            kernel.stop(seconds=1.2)
             kernel.since = None
         unfinished = concurrent.futures.wait(self.ends, timeout=2).not_done
         if self.sockets:

@@ -2103,7 +2103,7 @@ def test_network_outage(session, far_specs, told):
     def cut(begin, end):
         return subprocess.Popen(["sh", "-c", f"sleep {begin}; ip link set {SSH_LINK} down; "
                                              f"sleep {end}; ip link set {SSH_LINK} up"])
-    away = cut(1, 16)
+    away = cut(1, 12)
     try:
         failures = session.fails("-k late -t 2 import time; time.sleep(4); x = 7")
         assert failures["late"].ename == "TimeoutError" and session.took < 12
