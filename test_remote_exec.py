@@ -1021,8 +1021,8 @@ def test_late_code_that_catches_the_interrupt(session, code, evalue):
 def test_late_interrupt(session):
     """Does not hit the next cell."""
     session.ok("-k a,b import time")
-    for i in range(8):
-        session.run(f"-k a,b -t 0.15 time.sleep({0.13 + i / 200})")
+    for i in range(16):
+        session.run(f"-k a,b -t 0.15 time.sleep({0.142 + i / 1000})")
         session.ok("-k a,b -o x x = sum(range(300_000))")
 
 
