@@ -337,8 +337,9 @@ def publish_all(kernel):
 
 
 def reply_at_once(kernel):
-    """Without the pause that is for clients which wait for the reply alone."""
-    kernel._execute_sleep = 0
+    """Without the pause that ipykernel makes for clients which wait for the reply alone."""
+    if hasattr(kernel, "_execute_sleep"):
+        kernel._execute_sleep = 0
 
 
 # taken once: this file may change while a session is open
@@ -634,7 +635,7 @@ KERNEL = "_KernelNamespace__kernel"
 
 def undated(unpack, part):
     """Part of a message, without the date that a header has: parsing it takes jupyter_client
-    longer than all the rest."""
+    half of its time."""
     part = unpack(part)
     if isinstance(part, dict):
         part.pop("date", None)
@@ -1238,7 +1239,7 @@ class Driver:
             if waiting and now - told > 1:
                 told = now
                 self.tell(kernels, waiting, doing, now - begin)
-            ready = self.poll(waiting)
+            ready = waiting and self.poll(waiting)
             if not ready or time.monotonic() - stepped > 0.1:
                 stepped, ready = time.monotonic(), waiting
         self.screen.status("")
@@ -1255,13 +1256,13 @@ class Driver:
                                + (ready and f"; ready: {ready}"))
 
     def poll(self, kernels):
-        """Those from which something has come, within 0.1 s."""
+        """Those from which something has come, within 0.1 s; None if none has sockets yet."""
         owners = {each: kernel for kernel in kernels for each in kernel.sockets.values()}
-        if kernels and not owners:  # a poll of nothing would not wait
-            time.sleep(0.02)
+        if not owners:  # a poll of nothing would not wait
+            return time.sleep(0.02)
         pause = 100 if all(kernel.sockets for kernel in kernels) else 20
         return {owners[each] for each, _ in zmq.zmq_poll(
-            [(each, zmq.POLLIN) for each in owners], pause)} if owners else ()
+            [(each, zmq.POLLIN) for each in owners], pause)}
 
     def put_question(self, kernel):
         """Ask here what the kernel asks."""

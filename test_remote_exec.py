@@ -323,6 +323,12 @@ def test_versions_are_named():
     assert re.search(r"x can't be loaded: .*no_such_thing.*numpy \d", text), text
 
 
+def test_other_kernels_are_left_as_they_are():
+    """That of xeus-python, say, is no ipykernel, and takes no attributes of ours."""
+    rx.publish_all(object())
+    rx.reply_at_once(object())
+
+
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
@@ -776,6 +782,7 @@ def test_background(session):
     """Only what it is to bring is waited for; that it runs is told at once."""
     session.ok("-k a,b -o x,old x, old = 0, 1")
     session.ok("-k a,b -i gate -o x -b {gate}; x = 7")
+    assert session.took < 0.6
     assert re.search(r"running since \d\d:\d\d:\d\d.*: old, x>", repr(session.a))
     assert re.search(r"b +python3 +running since \d\d:\d\d:\d\d", session.ok("-l"))
     for namespace in (session.a, copy.copy(session.a), pickle.loads(pickle.dumps(session.a))):
