@@ -30,7 +30,6 @@ import pickle
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -142,58 +141,54 @@ class Chunks(list):
     write = list.append
 
 
-def pickled(values, protocol):
-    """(chunks of the pickle, its out-of-band buffers (PEP 574), the pickler with its
-    memo, whether it may refer to the session).
+def pickled(value, protocol, pickler_class=pickle.Pickler):
+    """(the pickle, its out-of-band buffers (PEP 574), the pickler's memo, whether it may refer
+    to the session). Raises whatever pickling raises.
 
-    What plain pickle can't take, or writes as a reference to the session, is
-    for cloudpickle, where that is installed. Raises whatever pickling raises.
+    What plain pickle, the faster one, can't take, or writes as such a reference, is for
+    cloudpickle, where that is installed.
     """
-    def dump(pickler_class):
-        chunks, buffers = Chunks(), []
-        options = {"buffer_callback": lambda buffer: (
-            buffer.raw().nbytes < IN_BAND or buffers.append(buffer.raw()))} if protocol > 4 else {}
-        pickler = pickler_class(chunks, protocol, **options)
-        pickler.dump(values)
+    chunks, buffers = Chunks(), []
+    pickler = pickler_class(chunks, protocol, **{} if protocol < 5 else {
+        "buffer_callback": lambda each: each.raw().nbytes < IN_BAND or buffers.append(each.raw())})
+    try:
+        from cloudpickle import CloudPickler as last_class
+    except ImportError:
+        last_class = pickle.Pickler
+    is_last = pickler_class is last_class
+    try:
+        pickler.dump(value)
         refers = pickler_class is pickle.Pickler and any(
             b"__main__" in chunk for chunk in chunks if len(chunk) < 2 * IN_BAND)
-        return chunks, buffers, pickler, refers
-
-    try:
-        plain = dump(pickle.Pickler)
-        if not plain[-1]:
-            return plain
+        if is_last or not refers:
+            return b"".join(chunks), buffers, pickler.memo, refers
     except Exception:
-        plain = None
-    try:
-        from cloudpickle import CloudPickler
-    except ImportError:
-        return plain or dump(pickle.Pickler)
-    return dump(CloudPickler)
+        if is_last:
+            raise
+    return pickled(value, protocol, last_class)
 
 
 def pack(values, protocol):
     """(parts, frames, failures): the dict `values`, pickled.
 
-    Each value is a part of its own, so that one that can't be loaded takes
-    nothing from the others; those that share something mutable stand in one
-    more part, together, ahead of them. A part is [names, number of its frame,
-    numbers of its out-of-band frames, whether it may refer to the session]; a
-    buffer is one frame for all parts.
+    Each value is a part of its own, so that one that can't be loaded takes nothing from the
+    others; those that share something mutable stand in one more part, together, ahead of
+    them. A part is [names, whether it may refer to the session, numbers of its frames: the
+    pickle's and the buffers']; a buffer is one frame for all parts.
     """
     parts, frames, failures, numbers, memos = [], [], [], {}, {}
 
-    def number(frame, owner):
-        if id(owner) not in numbers:
-            numbers[id(owner)] = len(frames), owner
+    def number(frame):
+        owner = id(getattr(frame, "obj", frame))
+        if owner not in numbers:
+            numbers[owner] = len(frames)
             frames.append(frame)
-        return numbers[id(owner)][0]
+        return numbers[owner]
 
     def add(names):
-        chunks, buffers, pickler, refers = pickled({name: values[name] for name in names}, protocol)
-        parts.append([names, number(b"".join(chunks), chunks),
-                      [number(each, each.obj) for each in buffers], refers])
-        return pickler.memo.copy() if len(values) > 1 else {}
+        data, buffers, memo, refers = pickled({name: values[name] for name in names}, protocol)
+        parts.append([names, refers, list(map(number, [data] + buffers))])
+        return memo.copy() if len(values) > 1 else {}
 
     def mutable(value):
         return type(value).__hash__ in (None, object.__hash__) and not isinstance(
@@ -220,10 +215,8 @@ def pack(values, protocol):
 def load(frame, refers, options):
     """Unpickle a frame, without a copy of it where the `Unpickler` is not needed."""
     if sys.version_info > (3,) and not refers:
-        try:
+        with contextlib.suppress(ImportError):
             return pickle.loads(frame, **options)
-        except ImportError:
-            pass
     return Unpickler(io.BytesIO(frame), **options).load()
 
 
@@ -232,12 +225,12 @@ def unpack(parts, frames):
     values, failures = {}, []
     options = {"encoding": "latin1"} if sys.version_info > (3,) else {}
     with uncollected():
-        for names, data, outside, refers in parts:
-            if outside:
-                options["buffers"] = [frames[each] for each in outside]
+        for names, refers, numbers in parts:
+            if numbers[1:]:
+                options["buffers"] = [frames[each] for each in numbers[1:]]
             try:
                 if not set(names) <= set(values):
-                    values.update(load(frames[data], refers, options))
+                    values.update(load(frames[numbers[0]], refers, options))
             except (Exception, SystemExit) as error:  # unpickling may run anything
                 here = ["%s %s here" % (each, sys.modules[each].__version__)
                         for each in ("numpy", "pandas")
@@ -248,48 +241,31 @@ def unpack(parts, frames):
     return values, failures
 
 
-def set_aside(frames):
-    """Leave nothing in place of the large ones; (they, [[number, bytes], ...] for `take`)."""
-    aside = [[number, len(frame)] for number, frame in enumerate(frames) if len(frame) >= LARGE]
-    large = [frames[number] for number, _ in aside]
-    for number, _ in aside:
-        frames[number] = b""
-    return large, aside
+def set_aside(frames, directory):
+    """Write the large frames to files there, if there is a directory; their numbers."""
+    aside = []
+    for number, frame in enumerate(frames):
+        if directory and len(frame) >= LARGE:
+            with contextlib.suppress(OSError):  # no room: ZMQ takes it, then
+                with open(os.path.join(directory, str(number)), "wb") as file:
+                    file.write(frame)
+                aside.append(number)
+                frames[number] = b""
+    return aside
 
 
-def join(path):
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(path)
-    return connection
+def take_back(frames, directory, aside):
+    """Map what was set aside, as memory of this process alone."""
+    options = {"trackfd": False} if sys.version_info >= (3, 13) else {}  # else each holds one
+    for number in aside:
+        with open(os.path.join(directory, str(number)), "rb") as file:
+            frames[number] = memoryview(
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, **options))
 
 
-def give(connect, large):
-    """Send what was set aside, until nobody takes it any more."""
-    with contextlib.suppress(OSError), contextlib.closing(connect()) as connection:
-        for frame in large:
-            connection.sendall(frame)
-
-
-def take(connect, frames, aside):
-    """Receive what was set aside, into pages as large as there are: ZMQ would get many small
-    ones. Raises EOFError or OSError where it ends too soon."""
-    with contextlib.closing(connect()) as connection:
-        connection.settimeout(60)
-        for number, size in aside:
-            area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                area.madvise(mmap.MADV_HUGEPAGE)
-            rest = frames[number] = memoryview(area)
-            while rest:
-                came = connection.recv_into(rest)
-                if not came:
-                    raise EOFError("what was sent ended too soon")
-                rest = rest[came:]
-
-
-def prepare(directory, parts, path, aside):
+def prepare(directory, parts, aside_directory, aside):
     """Change directory, take the pushed variables: from the request's buffers, and, where
-    they are large, by way of `path`."""
+    they are large, from `aside_directory`."""
     shell = get_ipython()
     if directory:
         if not os.path.isdir(directory):
@@ -298,18 +274,17 @@ def prepare(directory, parts, path, aside):
     if parts:
         before_6 = not hasattr(shell.kernel, "get_parent")  # ipykernel
         parent = shell.kernel._parent_header if before_6 else shell.kernel.get_parent()
-        if path:
-            take(lambda: join(path), parent["buffers"], aside)
+        take_back(parent["buffers"], aside_directory, aside)
         values, failures = unpack(parts, parent["buffers"])
         if failures:
             raise ValueError("; ".join(text for _, text in failures))
         shell.user_ns.update(values)
 
 
-def send(names, protocol, copy, path, comm=[]):
+def send(names, protocol, copy, directory, comm=[]):
     """Publish the variables `names` as buffers of one message of the one `comm`, the large ones
-    by way of `path`. Those that can't go are named in its data. A `copy`, since another client
-    might change them."""
+    in files of `directory`. Those that can't go are named in its data. A `copy`, since another
+    client might change them."""
     namespace = get_ipython().user_ns
     parts, frames, failures = pack(
         {str(name): namespace[name] for name in names if name in namespace}, protocol)
@@ -321,10 +296,7 @@ def send(names, protocol, copy, path, comm=[]):
         except ImportError:  # before ipykernel 6
             from ipykernel.comm import Comm as create_comm
         comm.append(create_comm(target_name="remote_exec", primary=False))
-    large, aside = set_aside(frames) if path else ((), ())
-    if large:
-        connection = join(path)
-        threading.Thread(target=give, args=(lambda: connection, large), daemon=True).start()
+    aside = set_aside(frames, directory)
     comm[0].send({"remote_exec": [parts, failures, aside]},
                  buffers=list(map(bytes, frames)) if copy else frames)
 
@@ -344,10 +316,10 @@ def reply_at_once(kernel):
 
 # taken once: this file may change while a session is open
 REMOTE_SOURCE = "\n".join((
-    "import contextlib, gc, io, mmap, os, pickle, socket, sys, threading, types",
+    "import contextlib, gc, io, mmap, os, pickle, sys, types",
     "from IPython import get_ipython", f"IN_BAND, LARGE = {IN_BAND}, {LARGE}",
-    *map(inspect.getsource, (Unpickler, uncollected, Chunks, pickled, pack, load, unpack, set_aside,
-                             join, give, take, prepare, send, publish_all, reply_at_once))))
+    *map(inspect.getsource, (Unpickler, uncollected, Chunks, pickled, pack, load, unpack,
+                             set_aside, take_back, prepare, send, publish_all, reply_at_once))))
 # makes the module, and adds `pickle` and `os` to the user's namespace and nothing else
 SETUP_CODE = (
     "import os, pickle\n"
@@ -807,24 +779,11 @@ class Kernel:
             pass
         self.screen.finish(self.name)
 
-    @contextlib.contextmanager
     def aside(self):
-        """(path, function that accepts a connection) of a Unix socket for the large buffers of
-        one request, to or from a kernel of ours that is reached by such; else ("", None)."""
-        if not (self.manager and self.client.transport == "ipc" and self.protocol == 5):
-            yield "", None
-            return
-        path = tempfile.mktemp(prefix="", dir=os.path.dirname(self.client.ip))
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(path)
-            listener.listen()
-            try:
-                yield path, lambda: listener.accept()[0]
-            finally:
-                with contextlib.suppress(OSError):  # not on every system
-                    listener.shutdown(socket.SHUT_RDWR)  # ends an accept()
-                with contextlib.suppress(FileNotFoundError):  # the session ended meanwhile
-                    os.unlink(path)
+        """A directory for the large buffers of one request, if the kernel is here, too."""
+        near = self.manager and self.client.transport == "ipc" and self.protocol == 5
+        return tempfile.TemporaryDirectory(dir=self.magics.directory) if near else (
+            contextlib.nullcontext())
 
     # what is done with it
 
@@ -1153,30 +1112,23 @@ def start(kernel):
 def push(kernel, directory, parts, frames):
     """Have a Python kernel set up, its directory changed, and what is pushed taken there."""
     frames = list(frames)
-    with kernel.aside() as (path, accept):
-        large, aside = set_aside(frames) if path else ((), ())
-        if large:
-            threading.Thread(target=give, args=(accept, large), daemon=True).start()
+    with kernel.aside() as aside:
         yield from execute(kernel, "" if kernel.set_up else SETUP_CODE, remote_call(
-            prepare, directory, parts, path if large else "", aside), buffers=frames)
+            prepare, directory, parts, aside, set_aside(frames, aside)), buffers=frames)
     kernel.set_up = True
 
 
 def fetch(kernel, code, names):
     """Execute code and bring variables back; returns ({name: value}, failures)."""
-    with kernel.aside() as (path, accept):
+    with kernel.aside() as directory:
         answer = yield from execute(kernel, code, remote_call(
-            send, names, kernel.protocol, not kernel.manager, path), silent=not code.strip())
+            send, names, kernel.protocol, not kernel.manager, directory), silent=not code.strip())
         if answer.outputs is None:
             raise Failed("LostReplyError", "the outputs were lost; fetch them without code")
         (parts, failures, aside), frames = answer.outputs
         try:
-            if aside:
-                take(accept, frames, aside)
+            take_back(frames, directory, aside)
             values, more = unpack(parts, frames)
-        except (EOFError, OSError) as error:
-            yield from request(kernel, "kernel_info_request", {})  # it may be dead
-            raise Failed("LostReplyError", f"{error}; fetch them without code") from None
         except KeyboardInterrupt:
             raise Failed("KeyboardInterrupt", "not loaded here") from None
     return {name: values[name] for name in names if name in values}, failures + more
@@ -1281,7 +1233,7 @@ def ask_user(prompt, password):
     return (getpass.getpass if password else builtins.input)(prompt)
 
 
-WORK_HERE = {work.__code__ for work in (pack, take, unpack, ask_user)}  # that Ctrl-C ends at once
+WORK_HERE = {work.__code__ for work in (pack, unpack, ask_user)}  # that Ctrl-C ends at once
 
 
 def some(kernels):
@@ -1493,7 +1445,7 @@ class RemoteExecMagics(Magics):
         self.kernels = {}    # by NAME; also those that were shut down
         self.ends = []       # futures, which the session's end waits for
         self.loops = {}      # where the kernels' processes are looked after
-        self.sockets = None  # the directory of Unix sockets
+        self.directory = None  # of Unix sockets and large buffers: in memory, if there is such
         self.context = zmq.Context(io_threads=2)
         self.context.rcvhwm = self.context.sndhwm = 0  # drop nothing, never block
         self.context.max_sockets = self.context.get(zmq.SOCKET_LIMIT)
@@ -1627,11 +1579,10 @@ class RemoteExecMagics(Magics):
         ipykernel = "kernel_provisioner" not in spec.metadata and spec.argv[1:3] in (
             ["-m", "ipykernel_launcher"], ["-m", "ipykernel"])
         if ipykernel and zmq.has("ipc") and not {"transport", "ip"} & set(users):
-            parent = tempfile.gettempdir()
-            self.sockets = self.sockets or tempfile.mkdtemp(  # unix(7): at most 107 bytes
-                prefix="rexec", dir=parent if len(os.fsencode(parent)) < 70 else "/tmp")
+            folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"  # unix(7): short
+            self.directory = self.directory or tempfile.mkdtemp("", f"rexec-{self.pid}-", folder)
             config.KernelManager.transport = "ipc"
-            config.KernelManager.ip = tempfile.mktemp(prefix="", dir=self.sockets)
+            config.KernelManager.ip = tempfile.mktemp(prefix="", dir=self.directory)
         elif zmq.has("curve"):  # what an older jupyter_client has no use for, it ignores
             config.KernelManager.transport_encryption = "auto"
         config.merge(self.shell.config)
@@ -1649,8 +1600,8 @@ class RemoteExecMagics(Magics):
             kernel.stop(seconds=1.2)
             kernel.since = None
         unfinished = concurrent.futures.wait(self.ends, timeout=2).not_done
-        if self.sockets:
-            shutil.rmtree(self.sockets, ignore_errors=True)
+        if self.directory:
+            shutil.rmtree(self.directory, ignore_errors=True)
         if not unfinished:
             for loop in self.loops.values():
                 loop.call_soon_threadsafe(loop.stop)
