@@ -13,9 +13,9 @@ All that the far side needs is the Jupyter kernel that it has. ``%remote_exec?``
 import asyncio
 import atexit
 import builtins
+import collections
 import concurrent.futures
 import contextlib
-import functools
 import gc
 import getopt
 import getpass
@@ -200,12 +200,9 @@ def pack(values, protocol):
                 memos[name] = add([name])
             except Exception as error:
                 failures.append([type(error).__name__, "%s: %s" % (name, error)])
-        seen, shared = set(), set()
-        for memo in memos.values():
-            shared |= seen.intersection(memo)
-            seen.update(memo)
+        users = collections.Counter(key for memo in memos.values() for key in memo)
         together = [name for name, memo in memos.items() if any(
-            mutable(memo[key][1]) for key in shared.intersection(memo))]
+            users[key] > 1 and mutable(memo[key][1]) for key in memo)]
         if together:
             add(together)
             parts.insert(0, parts.pop())
@@ -316,7 +313,7 @@ def reply_at_once(kernel):
 
 # taken once: this file may change while a session is open
 REMOTE_SOURCE = "\n".join((
-    "import contextlib, gc, io, mmap, os, pickle, sys, types",
+    "import collections, contextlib, gc, io, mmap, os, pickle, sys, types",
     "from IPython import get_ipython", f"IN_BAND, LARGE = {IN_BAND}, {LARGE}",
     *map(inspect.getsource, (Unpickler, uncollected, Chunks, pickled, pack, load, unpack,
                              set_aside, take_back, prepare, send, publish_all, reply_at_once))))
@@ -441,19 +438,15 @@ class Screen:
             self.file = file
         if self.bar:
             self.bar, text = 0, "\n" + text
-        try:
-            file.write(text)
-        except UnicodeEncodeError:  # a lone surrogate, say
-            encoding = getattr(file, "encoding", None) or "ascii"
-            file.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        encoding = getattr(file, "encoding", None) or "utf-8"  # has no lone surrogates, say
+        file.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def stream(self, name, stream, text):
         """Show text of a stream; where there are several kernels, in whole lines, but the
         line that a progress bar redraws (after a carriage return) at once."""
         file = sys.stderr if stream == "stderr" else sys.stdout
         if not self.labelled:
-            self.write(file, text)
-            return
+            return self.write(file, text)
         *lines, rest = re.split(r"(?<=\n)", self.unfinished.pop((name, stream), "") + text)
         for line in lines:
             self.line(file, name, line.rstrip("\r\n").rpartition("\r")[2], "\n")
@@ -560,19 +553,22 @@ class Widgets:
 # ---- a kernel -------------------------------------------------------------
 
 class KernelNamespace:
-    """What came back from one kernel: its attributes are the variables; one that a run in the
-    background is to bring is waited for."""
+    """What came back from one kernel: its attributes are the variables."""
 
     # the mangled slot leaves every variable's name free; by it, and by this class's name,
     # a namespace from before the module was reloaded is known as ours
     __slots__ = ("__dict__", "__weakref__", "__kernel")
+
+    def __new__(cls, kernel):
+        """Each has a class of its own, whose properties wait for a run in the background."""
+        return object.__new__(type(cls.__name__, (cls,), {"__slots__": ()}))
 
     def __init__(self, kernel):
         self.__kernel = kernel
 
     def __repr__(self):
         kernel = self.__kernel
-        state = f", {kernel.since}" if kernel.steps and kernel.since else ""
+        state = f", {kernel.run.since}" if kernel.run.steps and kernel.run.since else ""
         return (f"<kernel {kernel.name} ({kernel.spec}){state}: "
                 f"{', '.join(dir(self)) or 'no variables yet'}>")
 
@@ -582,36 +578,37 @@ class KernelNamespace:
     def __reduce__(self):
         return types.SimpleNamespace, (), vars(self)
 
-    def __getattribute__(self, name):
-        kernel = object.__getattribute__(self, KERNEL)
-        if name in kernel.awaited:
-            kernel.collect()
-        return object.__getattribute__(self, name)
-
-    def __getattr__(self, name):
-        error = AttributeError(f"no variable {name!r} in {self!r}")
-
-        def without_this_frame():
-            last = error.__traceback__
-            while last.tb_next.tb_next:
-                last = last.tb_next
-            last.tb_next = None
-            return get_ipython().InteractiveTB.structured_traceback(
-                AttributeError, error, error.__traceback__)
-        error._render_traceback_ = without_this_frame
-        raise error
-
 
 KERNEL = "_KernelNamespace__kernel"
 
 
-def undated(unpack, part):
-    """Part of a message, without the date that a header has: parsing it takes jupyter_client
-    half of its time."""
-    part = unpack(part)
-    if isinstance(part, dict):
-        part.pop("date", None)
+def undated(part):
+    """Part of a message, without its date: jupyter_client spends half of its time on parsing
+    that."""
+    part = json.loads(part)
+    part.pop("date", None)
     return part
+
+
+class Run:
+    """What is done with a kernel, step by step, and what came of it."""
+
+    def __init__(self, steps=None):
+        self.steps, self.waits_for, self.failure = steps, None, None
+        self.since = None  # of one in the background, until its end is told
+
+    def step(self, value=None):
+        """Go on, with an answer to its question, or with what makes it `Failed`. It yields what
+        it waits for: None, a text that is worth telling, the (prompt, is it a password) of a
+        question, or the others, at a BARRIER."""
+        try:
+            if self.steps:
+                act = self.steps.throw if isinstance(value, Failed) else self.steps.send
+                self.waits_for = act(value)
+        except StopIteration:
+            self.steps = self.waits_for = None
+        except Failed as failed:
+            self.steps, self.waits_for, self.failure = None, None, Failure(*failed.args)
 
 
 class Kernel:
@@ -620,8 +617,7 @@ class Kernel:
     def __init__(self, magics, name):
         self.magics, self.name, self.spec = magics, name, name
         self.namespace, self.screen = KernelNamespace(self), Screen(magics.shell, False)
-        self.steps = self.failure = None     # what is done with it, and what that came to
-        self.since, self.awaited = None, ()  # of a run in the background, until its end is told
+        self.run, self.awaited = Run(), []  # what is done with it; attributes that wait for that
         self.reset()
 
     def reset(self):
@@ -663,17 +659,13 @@ class Kernel:
             finally:
                 stderr.close()
                 await manager.cleanup_resources()
-        if self.running:
+        if self.launched:
             self.disconnect()
             self.reset()
         if launched and manager:
             self.magics.ends = [each for each in self.magics.ends if not each.done()]
             self.magics.ends.append(self.later(end()))
             return self.magics.ends[-1]
-
-    @property
-    def running(self):
-        return self.launched is not None
 
     @property
     def exited(self):
@@ -723,7 +715,7 @@ class Kernel:
             return False
         self.disconnect()
         self.client, self.file_seen, self.session = client, seen, client.session.session
-        client.session.unpack = functools.partial(undated, client.session.unpack)
+        client.session.unpack = undated
         client.context.immediate = True  # it can be written to if, and only if, it is connected
         client.stdin_channel.start()
         del client.context.immediate
@@ -787,19 +779,6 @@ class Kernel:
 
     # what is done with it
 
-    def step(self, value=None):
-        """Go on with its generator, with an answer to its question, or with what makes it
-        `Failed`. It yields what it waits for: None, a text that is worth telling, the
-        (prompt, is it a password) of a question, or the others, at a BARRIER."""
-        try:
-            if self.steps:
-                act = self.steps.throw if isinstance(value, Failed) else self.steps.send
-                self.waits_for = act(value)
-        except StopIteration:
-            self.steps = self.waits_for = None
-        except Failed as failed:
-            self.steps, self.waits_for, self.failure = None, None, Failure(*failed.args)
-
     def from_front_end(self, kind, message):
         """What the front end says to a widget goes to the kernel. As with a local widget,
         the notebook waits until it has dealt with that, but not for one that is busy."""
@@ -808,10 +787,10 @@ class Kernel:
             asyncio.get_running_loop().call_later(0.1, self.from_front_end, kind, message)
         elif self.sockets:
             try:
-                if self.steps or self.unanswered:
+                if self.run.steps or self.unanswered:
                     self.ask(kind, message["content"], **more)
                 else:
-                    self.steps = request(self, kind, message["content"], **more)
+                    self.run.steps = request(self, kind, message["content"], **more)
                     with Driver(self.magics, self.screen) as driver:
                         driver.drive([self])
             finally:
@@ -821,31 +800,40 @@ class Kernel:
         """Go on with a run in the background: in a notebook between the cells, with its output
         under this one; elsewhere, whoever waits for it does so."""
         async def go_on(steps, nap=0):
-            while steps and self.steps is steps:
+            while steps and self.run.steps is steps:
                 if self.magics.lock.acquire(blocking=False):
                     try:
-                        self.step()
+                        self.run.step()
                     finally:
                         self.magics.lock.release()
                 nap = 0 if self.heard else min(0.1, nap + 0.02)
                 await asyncio.sleep(nap)
-            if self.since and not self.steps:  # no later call has dealt with it
-                self.since = None
-                if self.failure:
-                    error = RemoteError({self.name: self.failure}, self.screen.labelled)
+            if self.run.since and not self.run.steps:  # no later call has dealt with it
+                self.run.since = None
+                if self.run.failure:
+                    error = RemoteError({self.name: self.run.failure}, self.screen.labelled)
                     self.magics.shell.showtraceback((RemoteError, error, None))
         if self.screen.notebook:
             with contextlib.suppress(RuntimeError):  # a thread has no running loop
-                self.task = asyncio.get_running_loop().create_task(go_on(self.steps))
+                self.task = asyncio.get_running_loop().create_task(go_on(self.run.steps))
 
-    def collect(self):
-        """Wait for a run in the background, one of whose outputs is asked for; raises the
-        RemoteError that it came to. Ctrl-C ends only the waiting."""
+    def wait_for(self, names):
+        """Have these attributes, and no others, wait for the run in the background."""
+        for name in self.awaited:
+            delattr(type(self.namespace), name)
+        self.awaited = names
+        for name in names:
+            setattr(type(self.namespace), name, property(lambda _, name=name: self.collect(name)))
+
+    def collect(self, name):
+        """The variable, when it has come. Raises the RemoteError that the run came to. Ctrl-C ends
+        only the waiting."""
         with self.magics.lock, Driver(self.magics, self.screen) as driver:
             driver.drive([self], only_wait=True)
-        self.since = None
-        if self.failure:
-            raise RemoteError({self.name: self.failure}, self.screen.labelled)
+        self.run.since = None
+        if self.run.failure:
+            raise RemoteError({self.name: self.run.failure}, self.screen.labelled)
+        return vars(self.namespace)[name]
 
 
 class Answer:
@@ -1169,11 +1157,11 @@ class Driver:
         after `limit` seconds are thrown the failure `late`, and at each Ctrl-C one that says
         `stopped`; with `only_wait`, that ends the waiting alone."""
         begin = told = stepped = time.monotonic()
-        waiting = kernels = [kernel for kernel in kernels if kernel.steps]
+        waiting = kernels = [kernel for kernel in kernels if kernel.run.steps]
         ready = waiting if self.presses == self.heeded else ()  # it came between two phases
         while waiting:
             for kernel in ready:
-                kernel.step()
+                kernel.run.step()
             now, hurries = time.monotonic(), []
             if limit and now - begin > limit:
                 limit, hurries = None, [Failed(*late)]
@@ -1184,10 +1172,10 @@ class Driver:
                 hurries.append(Failed("KeyboardInterrupt", stopped))
             for kernel in waiting:
                 for hurry in hurries:
-                    kernel.step(hurry)
-                if isinstance(kernel.waits_for, tuple) and self.presses == self.heeded:
+                    kernel.run.step(hurry)
+                if isinstance(kernel.run.waits_for, tuple) and self.presses == self.heeded:
                     self.put_question(kernel)
-            waiting = [each for each in waiting if each.steps and each.waits_for != BARRIER]
+            waiting = [each for each in waiting if each.run.steps and each.run.waits_for != BARRIER]
             if waiting and now - told > 1:
                 told = now
                 self.tell(kernels, waiting, doing, now - begin)
@@ -1200,8 +1188,8 @@ class Driver:
     def tell(self, kernels, waiting, doing, seconds):
         """Show what has been printed, and, after 3 s, who is waited for."""
         self.screen.file.flush()
-        notes = [f"; {each.name} {each.waits_for}" for each in waiting
-                 if isinstance(each.waits_for, str)]
+        notes = [f"; {each.name} {each.run.waits_for}" for each in waiting
+                 if isinstance(each.run.waits_for, str)]
         if seconds > 3 and (len(kernels) > 1 or notes or not waiting[0].language):
             ready = some(kernel for kernel in kernels if kernel not in waiting)
             self.screen.status(f"{doing} {some(waiting)} ({seconds:.0f} s)" + "".join(notes[:3])
@@ -1218,13 +1206,13 @@ class Driver:
 
     def put_question(self, kernel):
         """Ask here what the kernel asks."""
-        prompt, password = kernel.waits_for
+        prompt, password = kernel.run.waits_for
         self.screen.finish(kernel.name)
         self.screen.file.flush()
         try:
-            kernel.step(ask_user(label(kernel.name, prompt, self.screen.labelled), password))
+            kernel.run.step(ask_user(label(kernel.name, prompt, self.screen.labelled), password))
         except EOFError:
-            kernel.step("\x04")
+            kernel.run.step("\x04")
         except KeyboardInterrupt:
             self.presses = max(self.presses, self.heeded + 1)
 
@@ -1300,7 +1288,7 @@ class Call(Driver):
                 self.pack(pickle.HIGHEST_PROTOCOL)  # what can't go is told before anything is done
             self.magics.kernels.update({kernel.name: kernel for kernel in self.kernels})
             for kernel, *plan in self.plans:
-                kernel.steps = self.serve(kernel, kernel.steps, *plan)
+                kernel.run.steps = self.serve(kernel, kernel.run.steps, *plan)
             try:
                 self.phase(limit=self.timeout, late=late)  # for what runs in the background
                 self.phase("stopping", "not waited for", 15,
@@ -1313,24 +1301,24 @@ class Call(Driver):
                 self.phase("preparing", limit=self.timeout and max(self.timeout, limit), late=late)
                 if self.background:
                     for kernel in self.kernels:
-                        kernel.since = time.strftime("running since %H:%M:%S")
-                        kernel.awaited = self.outputs
-                        kernel.step()
+                        kernel.run.since = time.strftime("running since %H:%M:%S")
+                        kernel.wait_for(self.outputs)
+                        kernel.run.step()
                         kernel.tend()
                 else:
                     self.phase(limit=self.timeout, late=late)
             finally:
                 for kernel in self.kernels:
-                    if kernel.steps and not kernel.since:
-                        kernel.steps = kernel.steps.close()
+                    if kernel.run.steps and not kernel.run.since:
+                        kernel.run.steps = kernel.run.steps.close()
 
     def phase(self, *arguments, **options):
         """Bring all kernels to the next BARRIER; raise what they, taken together, came to."""
         self.drive(self.kernels, *arguments, **options)
-        failures = {kernel.name: kernel.failure for kernel in self.kernels if kernel.failure}
+        failures = {kernel.name: kernel.run.failure for kernel in self.kernels if kernel.run.failure}
         for kernel in self.kernels:
-            kernel.since = None
-            if kernel.failure and kernel.death:
+            kernel.run.since = None
+            if kernel.run.failure and kernel.death:
                 kernel.stop()
         if self.heeded:
             stopped = {}
@@ -1353,14 +1341,15 @@ class Call(Driver):
         kernel.screen = self.screen
         if earlier and not self.replace:
             yield from earlier
-        elif kernel.failure and kernel.since and not self.replace:
-            raise Failed(*kernel.failure)
-        kernel.since, kernel.awaited, kernel.failure = None, (), None
+        elif kernel.run.failure and kernel.run.since and not self.replace:
+            raise Failed(*kernel.run.failure)
+        kernel.run.since = kernel.run.failure = None
+        kernel.wait_for([])
         kernel.listen_on(0)
         yield BARRIER
 
         # it may have ended, or been restarted by its owner, since it was seen to work
-        suspect = kernel.running and (kernel.exited or kernel.broken > kernel.checked)
+        suspect = kernel.launched and (kernel.exited or kernel.broken > kernel.checked)
         if self.replace:
             end = kernel.stop(seconds=None)
             while end and not end.done():
@@ -1392,7 +1381,7 @@ class Call(Driver):
                 self.say(f"{kernel.name} had died ({kernel.death}) and is started anew")
                 kernel.stop()
         kernel.spec = spec
-        if not kernel.running:
+        if not kernel.launched:
             try:
                 yield from start(kernel)
             except Failed as error:  # over TCP, a stranger may take a port before it does
@@ -1413,7 +1402,7 @@ class Call(Driver):
         if self.outputs:
             values, failures = yield from fetch(kernel, code, self.outputs)
             vars(kernel.namespace).update(values)
-            kernel.awaited = [name for name in kernel.awaited if name not in values]
+            kernel.wait_for([name for name in kernel.awaited if name not in values])
             if failures:
                 (ename, evalue), *rest = map(tuple, failures)
                 raise Failed(ename, "; ".join([evalue, *map("{0[0]}: {0[1]}".format, rest)]))
@@ -1528,6 +1517,7 @@ class RemoteExecMagics(Magics):
         if not ours or ours.name != name:
             raise UsageError(f"{name} is something else here; try my_{name}={spec or kernel.spec}")
         if ours is not kernel:  # from before this module was reloaded
+            ours.wait_for([])
             kernel.namespace, kernel.spec = value, ours.spec
             object.__setattr__(value, KERNEL, kernel)
         return kernel
@@ -1536,7 +1526,7 @@ class RemoteExecMagics(Magics):
         """The full kernelspec name, or connection file, that NAME=SPEC means; UsageError if
         NAME runs another, which is not to be replaced."""
         wanted = spec or kernel.spec
-        if kernel.running and wanted == kernel.spec:
+        if kernel.launched and wanted == kernel.spec:
             return kernel.spec
         if wanted.endswith(".json"):
             try:
@@ -1545,7 +1535,7 @@ class RemoteExecMagics(Magics):
                 raise UsageError(f"-k: there is no connection file {wanted!r}") from None
         else:
             found = match_spec(wanted, list(self.kernelspecs.find_kernel_specs()))
-        if kernel.running and found != kernel.spec and not replace:
+        if kernel.launched and found != kernel.spec and not replace:
             raise UsageError(f"{kernel.name} runs {kernel.spec}; -s replaces it by {found}")
         return found
 
@@ -1567,8 +1557,8 @@ class RemoteExecMagics(Magics):
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             soft = max(soft, 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536))
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            starting = sum(each.running and not each.language for each in self.kernels.values())
-            if len(os.listdir("/dev/fd")) + 15 * starting + 25 > soft:
+            starting = [1 for each in self.kernels.values() if each.launched and not each.language]
+            if len(os.listdir("/dev/fd")) + 15 * len(starting) + 25 > soft:
                 raise OSError("too many open files")
 
     def connection_config(self, spec):
@@ -1590,7 +1580,7 @@ class RemoteExecMagics(Magics):
 
     def close(self):
         """Shut everything down, within two seconds: the end of the session."""
-        running = [kernel for kernel in self.kernels.values() if kernel.running]
+        running = [kernel for kernel in self.kernels.values() if kernel.launched]
         if os.getpid() != self.pid:  # a forked child: the files are its parent's
             for kernel in running:
                 if kernel.manager:
@@ -1598,7 +1588,7 @@ class RemoteExecMagics(Magics):
             return
         for kernel in running:
             kernel.stop(seconds=1.2)
-            kernel.since = None
+            kernel.run.since = None
         unfinished = concurrent.futures.wait(self.ends, timeout=2).not_done
         if self.directory:
             shutil.rmtree(self.directory, ignore_errors=True)
@@ -1611,11 +1601,11 @@ class RemoteExecMagics(Magics):
 
     def listing(self):
         """The lines of -l."""
-        running = [kernel for kernel in self.kernels.values() if kernel.running]
+        running = [kernel for kernel in self.kernels.values() if kernel.launched]
         yield "running kernels:" if running else "running kernels:\n  none"
         for kernel in running:
-            kernel.step() if kernel.steps else kernel.listen_on(0)
-            state = "dead" if kernel.exited else kernel.since if kernel.steps else (
+            kernel.run.step() if kernel.run.steps else kernel.listen_on(0)
+            state = "dead" if kernel.exited else kernel.run.since if kernel.run.steps else (
                 "busy" if kernel.unanswered else "idle")
             yield f"  {kernel.name}  {kernel.spec}  {state}"
         yield "\n  ".join(["kernelspecs:", *sorted(self.kernelspecs.find_kernel_specs())])
