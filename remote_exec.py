@@ -47,7 +47,7 @@ from IPython.core import page
 from IPython.core.error import UsageError
 from IPython.core.magic import (
     Magics, line_cell_magic, magics_class, needs_local_scope, no_var_expand)
-from jupyter_client import AsyncKernelManager, BlockingKernelClient, find_connection_file
+from jupyter_client import AsyncKernelManager, KernelClient, find_connection_file
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_core.paths import jupyter_runtime_dir
 from traitlets import Float
@@ -567,8 +567,8 @@ class KernelNamespace:
         self.__kernel = kernel
 
     def __repr__(self):
-        kernel = self.__kernel
-        state = f", {kernel.run.since}" if kernel.run.steps and kernel.run.since else ""
+        kernel, run = self.__kernel, self.__kernel.run
+        state = f", {run.since}" if run.steps and run.since else ""
         return (f"<kernel {kernel.name} ({kernel.spec}){state}: "
                 f"{', '.join(dir(self)) or 'no variables yet'}>")
 
@@ -708,7 +708,7 @@ class Kernel:
         seen = os.stat(path).st_mtime_ns, os.stat(path).st_size
         if seen == self.file_seen:
             return False
-        client = BlockingKernelClient(context=self.magics.context, connection_file=path)
+        client = KernelClient(context=self.magics.context, connection_file=path)
         try:
             client.load_connection_file()
         except ValueError:
@@ -716,12 +716,11 @@ class Kernel:
         self.disconnect()
         self.client, self.file_seen, self.session = client, seen, client.session.session
         client.session.unpack = undated
-        client.context.immediate = True  # it can be written to if, and only if, it is connected
-        client.stdin_channel.start()
+        for channel in ("iopub", "shell", "control", "stdin"):
+            if channel == "stdin":  # can be written to if, and only if, it is connected
+                client.context.immediate = True
+            self.sockets[channel] = getattr(client, f"connect_{channel}")(client.session.bsession)
         del client.context.immediate
-        client.start_channels(hb=False, stdin=False)
-        self.sockets = {channel: getattr(client, f"{channel}_channel").socket
-                        for channel in ("iopub", "shell", "stdin", "control")}
         self.monitor = self.sockets["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.widgets = Widgets(self.magics.shell, self.from_front_end)
         return True
@@ -729,10 +728,9 @@ class Kernel:
     def disconnect(self):
         if self.monitor:
             self.sockets["shell"].disable_monitor()
-            self.monitor.close(linger=0)
-            self.client.stop_channels()
-        if self.beat:
-            self.beat.close()
+        for each in (*self.sockets.values(), self.monitor, self.beat):
+            if each:
+                each.close(linger=0)
         self.sockets, self.monitor, self.beat = {}, None, None
 
     def send(self, channel, kind, content, **more):
@@ -790,7 +788,7 @@ class Kernel:
                 if self.run.steps or self.unanswered:
                     self.ask(kind, message["content"], **more)
                 else:
-                    self.run.steps = request(self, kind, message["content"], **more)
+                    self.run = Run(request(self, kind, message["content"], **more))
                     with Driver(self.magics, self.screen) as driver:
                         driver.drive([self])
             finally:
@@ -799,23 +797,23 @@ class Kernel:
     def tend(self):
         """Go on with a run in the background: in a notebook between the cells, with its output
         under this one; elsewhere, whoever waits for it does so."""
-        async def go_on(steps, nap=0):
-            while steps and self.run.steps is steps:
+        async def go_on(run, nap=0):
+            while run.steps and self.run is run:
                 if self.magics.lock.acquire(blocking=False):
                     try:
-                        self.run.step()
+                        run.step()
                     finally:
                         self.magics.lock.release()
                 nap = 0 if self.heard else min(0.1, nap + 0.02)
                 await asyncio.sleep(nap)
-            if self.run.since and not self.run.steps:  # no later call has dealt with it
-                self.run.since = None
-                if self.run.failure:
-                    error = RemoteError({self.name: self.run.failure}, self.screen.labelled)
+            if self.run is run and run.since:  # nobody has dealt with its end
+                run.since = None
+                if run.failure:
+                    error = RemoteError({self.name: run.failure}, self.screen.labelled)
                     self.magics.shell.showtraceback((RemoteError, error, None))
         if self.screen.notebook:
             with contextlib.suppress(RuntimeError):  # a thread has no running loop
-                self.task = asyncio.get_running_loop().create_task(go_on(self.run.steps))
+                self.task = asyncio.get_running_loop().create_task(go_on(self.run))
 
     def wait_for(self, names):
         """Have these attributes, and no others, wait for the run in the background."""
@@ -1288,7 +1286,7 @@ class Call(Driver):
                 self.pack(pickle.HIGHEST_PROTOCOL)  # what can't go is told before anything is done
             self.magics.kernels.update({kernel.name: kernel for kernel in self.kernels})
             for kernel, *plan in self.plans:
-                kernel.run.steps = self.serve(kernel, kernel.run.steps, *plan)
+                kernel.run = Run(self.serve(kernel, kernel.run, *plan))
             try:
                 self.phase(limit=self.timeout, late=late)  # for what runs in the background
                 self.phase("stopping", "not waited for", 15,
@@ -1315,9 +1313,8 @@ class Call(Driver):
     def phase(self, *arguments, **options):
         """Bring all kernels to the next BARRIER; raise what they, taken together, came to."""
         self.drive(self.kernels, *arguments, **options)
-        failures = {kernel.name: kernel.run.failure for kernel in self.kernels if kernel.run.failure}
+        failures = {each.name: each.run.failure for each in self.kernels if each.run.failure}
         for kernel in self.kernels:
-            kernel.run.since = None
             if kernel.run.failure and kernel.death:
                 kernel.stop()
         if self.heeded:
@@ -1339,12 +1336,11 @@ class Call(Driver):
         """All that one kernel goes through; at each BARRIER it waits for the others."""
         # what it printed since the last call is shown, what it runs is waited for
         kernel.screen = self.screen
-        if earlier and not self.replace:
-            yield from earlier
-        elif kernel.run.failure and kernel.run.since and not self.replace:
-            raise Failed(*kernel.run.failure)
-        kernel.run.since = kernel.run.failure = None
         kernel.wait_for([])
+        if earlier.steps and not self.replace:
+            yield from earlier.steps
+        elif earlier.since and earlier.failure and not self.replace:
+            raise Failed(*earlier.failure)
         kernel.listen_on(0)
         yield BARRIER
 
