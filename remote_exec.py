@@ -110,30 +110,22 @@ LARGE = 1 << 20  # bytes; from there on it is getting memory for them that takes
 
 
 class Unpickler(pickle.Unpickler):
-    """Finds numpy's renamed modules; refuses what means the sender's session."""
+    """Finds numpy's modules by the names that they had before numpy 2."""
 
     def find_class(self, module, name):
-        if module == "__main__":
-            raise pickle.UnpicklingError(
-                "it needs %s of the session; installing cloudpickle would bring it" % name)
-        try:
-            return pickle.Unpickler.find_class(self, module, name)
-        except ImportError:
-            if not module.startswith("numpy._core"):
-                raise
-            return pickle.Unpickler.find_class(self, module.replace("_core", "core", 1), name)
+        return pickle.Unpickler.find_class(
+            self, module.replace("numpy._core", "numpy.core", 1), name)
 
 
 @contextlib.contextmanager
 def uncollected():
     """Without the garbage collector, which many small containers would call all the time."""
-    was_enabled = gc.isenabled()
+    restore = gc.enable if gc.isenabled() else gc.disable
     gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        restore()
 
 
 class Chunks(list):
@@ -142,11 +134,11 @@ class Chunks(list):
 
 
 def pickled(value, protocol, pickler_class=pickle.Pickler):
-    """(the pickle, its out-of-band buffers (PEP 574), the pickler's memo, whether it may refer
-    to the session). Raises whatever pickling raises.
+    """(frames: the pickle and its out-of-band buffers (PEP 574), the pickler's memo). Raises
+    whatever pickling raises.
 
-    What plain pickle, the faster one, can't take, or writes as such a reference, is for
-    cloudpickle, where that is installed.
+    What plain pickle, the faster one, can't take, or writes as a reference to the session, is
+    for cloudpickle, where that is installed.
     """
     chunks, buffers = Chunks(), []
     pickler = pickler_class(chunks, protocol, **{} if protocol < 5 else {
@@ -155,17 +147,19 @@ def pickled(value, protocol, pickler_class=pickle.Pickler):
         from cloudpickle import CloudPickler as last_class
     except ImportError:
         last_class = pickle.Pickler
-    is_last = pickler_class is last_class
     try:
         pickler.dump(value)
-        refers = pickler_class is pickle.Pickler and any(
-            b"__main__" in chunk for chunk in chunks if len(chunk) < 2 * IN_BAND)
-        if is_last or not refers:
-            return b"".join(chunks), buffers, pickler.memo, refers
+        if pickler_class is pickle.Pickler and any(
+                b"__main__" in chunk for chunk in chunks if len(chunk) < 2 * IN_BAND):
+            for _, each in pickler.memo.copy().values():
+                if getattr(each, "__module__", None) == "__main__":
+                    raise pickle.PicklingError(
+                        "it needs what the session defines; installing cloudpickle would bring it")
     except Exception:
-        if is_last:
+        if pickler_class is last_class:
             raise
-    return pickled(value, protocol, last_class)
+        return pickled(value, protocol, last_class)
+    return [b"".join(chunks)] + buffers, pickler.memo
 
 
 def pack(values, protocol):
@@ -173,21 +167,16 @@ def pack(values, protocol):
 
     Each value is a part of its own, so that one that can't be loaded takes nothing from the
     others; those that share something mutable stand in one more part, together, ahead of
-    them. A part is [names, whether it may refer to the session, numbers of its frames: the
-    pickle's and the buffers']; a buffer is one frame for all parts.
+    them. A part is [names, numbers of its frames]; a buffer is one frame for all parts.
     """
-    parts, frames, failures, numbers, memos = [], [], [], {}, {}
-
-    def number(frame):
-        owner = id(getattr(frame, "obj", frame))
-        if owner not in numbers:
-            numbers[owner] = len(frames)
-            frames.append(frame)
-        return numbers[owner]
+    parts, frames, failures, memos = [], {}, [], {}
+    numbers = collections.defaultdict(lambda: len(numbers))  # of the frames, by what they show
 
     def add(names):
-        data, buffers, memo, refers = pickled({name: values[name] for name in names}, protocol)
-        parts.append([names, refers, list(map(number, [data] + buffers))])
+        own, memo = pickled({name: values[name] for name in names}, protocol)
+        places = [numbers[id(getattr(each, "obj", each))] for each in own]
+        parts.append([names, places])
+        frames.update(zip(places, own))
         return memo.copy() if len(values) > 1 else {}
 
     def mutable(value):
@@ -206,28 +195,29 @@ def pack(values, protocol):
         if together:
             add(together)
             parts.insert(0, parts.pop())
-    return parts, frames, failures
+    return parts, [frames[number] for number in sorted(frames)], failures
 
 
-def load(frame, refers, options):
+def load(frame, buffers):
     """Unpickle a frame, without a copy of it where the `Unpickler` is not needed."""
-    if sys.version_info > (3,) and not refers:
-        with contextlib.suppress(ImportError):
-            return pickle.loads(frame, **options)
-    return Unpickler(io.BytesIO(frame), **options).load()
+    if sys.version_info < (3,):
+        return Unpickler(io.BytesIO(frame)).load()
+    options = dict({"buffers": buffers} if buffers else {}, encoding="latin1")
+    try:
+        return pickle.loads(frame, **options)
+    except ImportError:
+        return Unpickler(io.BytesIO(frame), **options).load()
 
 
 def unpack(parts, frames):
     """(values, failures) of what `pack` made."""
     values, failures = {}, []
-    options = {"encoding": "latin1"} if sys.version_info > (3,) else {}
     with uncollected():
-        for names, refers, numbers in parts:
-            if numbers[1:]:
-                options["buffers"] = [frames[each] for each in numbers[1:]]
+        for names, numbers in parts:
             try:
                 if not set(names) <= set(values):
-                    values.update(load(frames[numbers[0]], refers, options))
+                    data = [frames[number] for number in numbers]
+                    values.update(load(data[0], data[1:]))
             except (Exception, SystemExit) as error:  # unpickling may run anything
                 here = ["%s %s here" % (each, sys.modules[each].__version__)
                         for each in ("numpy", "pandas")
@@ -239,48 +229,48 @@ def unpack(parts, frames):
 
 
 def set_aside(frames, directory):
-    """Write the large frames to files there, if there is a directory; their numbers."""
-    aside = []
+    """The frames; of those that are large, where there is a directory, only empty ones: they
+    are files there."""
+    frames = list(frames)
     for number, frame in enumerate(frames):
         if directory and len(frame) >= LARGE:
             with contextlib.suppress(OSError):  # no room: ZMQ takes it, then
                 with open(os.path.join(directory, str(number)), "wb") as file:
                     file.write(frame)
-                aside.append(number)
                 frames[number] = b""
-    return aside
+    return frames
 
 
-def take_back(frames, directory, aside):
+def take_back(frames, directory):
     """Map what was set aside, as memory of this process alone."""
     options = {"trackfd": False} if sys.version_info >= (3, 13) else {}  # else each holds one
-    for number in aside:
-        with open(os.path.join(directory, str(number)), "rb") as file:
-            frames[number] = memoryview(
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, **options))
+    for number, frame in enumerate(frames):
+        if not len(frame):
+            with open(os.path.join(directory, str(number)), "rb") as file:
+                frames[number] = memoryview(
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, **options))
 
 
-def prepare(directory, parts, aside_directory, aside):
+def prepare(directory, parts, aside):
     """Change directory, take the pushed variables: from the request's buffers, and, where
-    they are large, from `aside_directory`."""
+    they are large, from the directory `aside`."""
     shell = get_ipython()
     if directory:
         if not os.path.isdir(directory):
             directory = os.path.expandvars(os.path.expanduser(directory))
         os.chdir(directory)
     if parts:
-        before_6 = not hasattr(shell.kernel, "get_parent")  # ipykernel
-        parent = shell.kernel._parent_header if before_6 else shell.kernel.get_parent()
-        take_back(parent["buffers"], aside_directory, aside)
-        values, failures = unpack(parts, parent["buffers"])
+        frames = shell.get_parent()["buffers"]
+        take_back(frames, aside)
+        values, failures = unpack(parts, frames)
         if failures:
             raise ValueError("; ".join(text for _, text in failures))
         shell.user_ns.update(values)
 
 
-def send(names, protocol, copy, directory, comm=[]):
+def send(names, protocol, copy, aside, comm=[]):
     """Publish the variables `names` as buffers of one message of the one `comm`, the large ones
-    in files of `directory`. Those that can't go are named in its data. A `copy`, since another
+    in files of `aside`. Those that can't go are named in its data. A `copy`, since another
     client might change them."""
     namespace = get_ipython().user_ns
     parts, frames, failures = pack(
@@ -293,38 +283,32 @@ def send(names, protocol, copy, directory, comm=[]):
         except ImportError:  # before ipykernel 6
             from ipykernel.comm import Comm as create_comm
         comm.append(create_comm(target_name="remote_exec", primary=False))
-    aside = set_aside(frames, directory)
-    comm[0].send({"remote_exec": [parts, failures, aside]},
+    frames = set_aside(frames, aside)
+    comm[0].send({"remote_exec": [parts, failures]},
                  buffers=list(map(bytes, frames)) if copy else frames)
 
 
-def publish_all(kernel):
-    """Lift ZMQ's limit of 1000 queued messages, past which outputs are dropped."""
+def hurry(kernel):
+    """Lift ipykernel's limit of 1000 queued messages, past which outputs are dropped, and its
+    pause before a reply, made for clients that wait for nothing else."""
     thread = getattr(getattr(kernel, "iopub_socket", None), "io_thread", None)
     if thread is not None:
         thread.schedule(lambda: setattr(thread.socket, "sndhwm", 0))
-
-
-def reply_at_once(kernel):
-    """Without the pause that ipykernel makes for clients which wait for the reply alone."""
-    if hasattr(kernel, "_execute_sleep"):
         kernel._execute_sleep = 0
 
 
-# taken once: this file may change while a session is open
-REMOTE_SOURCE = "\n".join((
-    "import collections, contextlib, gc, io, mmap, os, pickle, sys, types",
-    "from IPython import get_ipython", f"IN_BAND, LARGE = {IN_BAND}, {LARGE}",
-    *map(inspect.getsource, (Unpickler, uncollected, Chunks, pickled, pack, load, unpack,
-                             set_aside, take_back, prepare, send, publish_all, reply_at_once))))
+# what stands above, taken once: this file may change while a session is open
+REMOTE_SOURCE = (
+    "import collections, contextlib, gc, io, mmap, os, pickle, sys, types\n"
+    "from IPython import get_ipython\n"
+    + re.search("(?ms)^IN_BAND.*(?=^REMOTE_SOURCE)", inspect.getsource(sys.modules[__name__]))[0]
+    + "hurry(get_ipython().kernel)")
 # makes the module, and adds `pickle` and `os` to the user's namespace and nothing else
 SETUP_CODE = (
     "import os, pickle\n"
     f"exec(compile({ascii(REMOTE_SOURCE)}, '<remote_exec>', 'exec'), "
     "__import__('sys').modules.setdefault('_remote_exec', "
-    "__import__('types').ModuleType('_remote_exec')).__dict__)\n"
-    "__import__('_remote_exec').publish_all(get_ipython().kernel)\n"
-    "__import__('_remote_exec').reply_at_once(get_ipython().kernel)")
+    "__import__('types').ModuleType('_remote_exec')).__dict__)")
 
 
 def remote_call(function, *arguments):
@@ -1097,23 +1081,22 @@ def start(kernel):
 
 def push(kernel, directory, parts, frames):
     """Have a Python kernel set up, its directory changed, and what is pushed taken there."""
-    frames = list(frames)
     with kernel.aside() as aside:
         yield from execute(kernel, "" if kernel.set_up else SETUP_CODE, remote_call(
-            prepare, directory, parts, aside, set_aside(frames, aside)), buffers=frames)
+            prepare, directory, parts, aside), buffers=set_aside(frames, aside))
     kernel.set_up = True
 
 
 def fetch(kernel, code, names):
     """Execute code and bring variables back; returns ({name: value}, failures)."""
-    with kernel.aside() as directory:
+    with kernel.aside() as aside:
         answer = yield from execute(kernel, code, remote_call(
-            send, names, kernel.protocol, not kernel.manager, directory), silent=not code.strip())
+            send, names, kernel.protocol, not kernel.manager, aside), silent=not code.strip())
         if answer.outputs is None:
             raise Failed("LostReplyError", "the outputs were lost; fetch them without code")
-        (parts, failures, aside), frames = answer.outputs
+        (parts, failures), frames = answer.outputs
         try:
-            take_back(frames, directory, aside)
+            take_back(frames, aside)
             values, more = unpack(parts, frames)
         except KeyboardInterrupt:
             raise Failed("KeyboardInterrupt", "not loaded here") from None
@@ -1625,7 +1608,7 @@ def load_ipython_extension(ipython):
         ipython.set_hook("complete_command", lambda _, event: magics.complete(event), str_key=magic)
     atexit.register(magics.close)
     if hasattr(ipython, "kernel"):
-        publish_all(ipython.kernel)
+        hurry(ipython.kernel)
 
 
 def unload_ipython_extension(ipython):
