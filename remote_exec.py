@@ -19,7 +19,6 @@ import contextlib
 import gc
 import getopt
 import getpass
-import inspect
 import io
 import json
 import keyword
@@ -47,6 +46,7 @@ from IPython.core import page
 from IPython.core.error import UsageError
 from IPython.core.magic import (
     Magics, line_cell_magic, magics_class, needs_local_scope, no_var_expand)
+from IPython.display import display
 from jupyter_client import AsyncKernelManager, KernelClient, find_connection_file
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_core.paths import jupyter_runtime_dir
@@ -66,7 +66,7 @@ class Failure(NamedTuple):
     traceback: list = []
 
     def __str__(self):
-        return f"{self.ename}: {self.evalue}" if self.ename else self.evalue
+        return f"{self.ename}: {self.evalue}"
 
 
 class RemoteError(Exception):
@@ -84,10 +84,10 @@ class RemoteError(Exception):
         """Lines that IPython shows in place of this module's own frames."""
         shown = []
         for name, failure in self.failures.items():
-            lines = failure.traceback
-            if not lines or failure.ename not in "\n".join(lines):
-                lines = [*lines, str(failure)]
-            shown.append(label(name, "\n".join(lines), self.labelled))
+            text = "\n".join(failure.traceback)
+            if failure.ename not in text:
+                text = "\n".join([*failure.traceback, str(failure)])
+            shown.append(label(name, text, self.labelled) + text)
         return "\n\n".join(shown).split("\n")
 
 
@@ -97,8 +97,8 @@ class Failed(Exception):
 
 
 def label(name, text, labelled=True):
-    """`text` under the name of its kernel: on its line, or above its lines."""
-    return f"[{name}] " + ("\n" if "\n" in text else "") + text if labelled else text
+    """What stands ahead of `text`, in its line or above its lines: the name of its kernel."""
+    return f"[{name}] " + ("\n" if "\n" in text else "") if labelled else ""
 
 
 # ---- the remote side ------------------------------------------------------
@@ -133,32 +133,19 @@ class Chunks(list):
     write = list.append
 
 
-def pickled(value, protocol, pickler_class=pickle.Pickler):
+def pickled(value, protocol, pickler_class):
     """(frames: the pickle and its out-of-band buffers (PEP 574), the pickler's memo). Raises
-    whatever pickling raises.
-
-    What plain pickle, the faster one, can't take, or writes as a reference to the session, is
-    for cloudpickle, where that is installed.
-    """
+    whatever pickling raises, also where plain pickle writes a reference to the session."""
     chunks, buffers = Chunks(), []
     pickler = pickler_class(chunks, protocol, **{} if protocol < 5 else {
         "buffer_callback": lambda each: each.raw().nbytes < IN_BAND or buffers.append(each.raw())})
-    try:
-        from cloudpickle import CloudPickler as last_class
-    except ImportError:
-        last_class = pickle.Pickler
-    try:
-        pickler.dump(value)
-        if pickler_class is pickle.Pickler and any(
-                b"__main__" in chunk for chunk in chunks if len(chunk) < 2 * IN_BAND):
-            for _, each in pickler.memo.copy().values():
-                if getattr(each, "__module__", None) == "__main__":
-                    raise pickle.PicklingError(
-                        "it needs what the session defines; installing cloudpickle would bring it")
-    except Exception:
-        if pickler_class is last_class:
-            raise
-        return pickled(value, protocol, last_class)
+    pickler.dump(value)
+    if pickler_class is pickle.Pickler and any(
+            b"__main__" in chunk for chunk in chunks if len(chunk) < 2 * IN_BAND):
+        if any(getattr(each, "__module__", None) == "__main__"
+               for _, each in pickler.memo.copy().values()):
+            raise pickle.PicklingError(
+                "it needs what the session defines; installing cloudpickle would bring it")
     return [b"".join(chunks)] + buffers, pickler.memo
 
 
@@ -171,9 +158,17 @@ def pack(values, protocol):
     """
     parts, frames, failures, memos = [], {}, [], {}
     numbers = collections.defaultdict(lambda: len(numbers))  # of the frames, by what they show
+    try:  # it takes more than plain pickle, and longer
+        from cloudpickle import CloudPickler
+    except ImportError:
+        CloudPickler = pickle.Pickler
 
     def add(names):
-        own, memo = pickled({name: values[name] for name in names}, protocol)
+        named = {name: values[name] for name in names}
+        try:
+            own, memo = pickled(named, protocol, pickle.Pickler)
+        except Exception:
+            own, memo = pickled(named, protocol, CloudPickler)
         places = [numbers[id(getattr(each, "obj", each))] for each in own]
         parts.append([names, places])
         frames.update(zip(places, own))
@@ -198,26 +193,25 @@ def pack(values, protocol):
     return parts, [frames[number] for number in sorted(frames)], failures
 
 
-def load(frame, buffers):
+def load(frame, options):
     """Unpickle a frame, without a copy of it where the `Unpickler` is not needed."""
-    if sys.version_info < (3,):
-        return Unpickler(io.BytesIO(frame)).load()
-    options = dict({"buffers": buffers} if buffers else {}, encoding="latin1")
     try:
         return pickle.loads(frame, **options)
-    except ImportError:
+    except Exception:  # Python 2 takes no memoryview
         return Unpickler(io.BytesIO(frame), **options).load()
 
 
 def unpack(parts, frames):
     """(values, failures) of what `pack` made."""
     values, failures = {}, []
+    options = {"encoding": "latin1"} if sys.version_info > (3,) else {}
     with uncollected():
         for names, numbers in parts:
+            if numbers[1:]:
+                options["buffers"] = [frames[number] for number in numbers[1:]]
             try:
                 if not set(names) <= set(values):
-                    data = [frames[number] for number in numbers]
-                    values.update(load(data[0], data[1:]))
+                    values.update(load(frames[numbers[0]], options))
             except (Exception, SystemExit) as error:  # unpickling may run anything
                 here = ["%s %s here" % (each, sys.modules[each].__version__)
                         for each in ("numpy", "pandas")
@@ -301,7 +295,7 @@ def hurry(kernel):
 REMOTE_SOURCE = (
     "import collections, contextlib, gc, io, mmap, os, pickle, sys, types\n"
     "from IPython import get_ipython\n"
-    + re.search("(?ms)^IN_BAND.*(?=^REMOTE_SOURCE)", inspect.getsource(sys.modules[__name__]))[0]
+    + re.search("(?ms)^IN_BAND.*(?=^REMOTE_SOURCE)", __loader__.get_source(__name__))[0]
     + "hurry(get_ipython().kernel)")
 # makes the module, and adds `pickle` and `os` to the user's namespace and nothing else
 SETUP_CODE = (
@@ -332,8 +326,7 @@ def parse_line(line):
         raise UsageError(f"{error}; `--` ends the options, %remote_exec? shows them all") from None
     for option, value in pairs:
         letter = option.lstrip("-")[0]
-        earlier = options.get(letter) if letter in "koip" else None
-        options[letter] = earlier + "," + value if earlier else value
+        options[letter] = f"{options[letter]},{value}" if letter in options else value
     return options, line.split(None, len(words) - len(rest))[-1] if rest else ""
 
 
@@ -389,17 +382,14 @@ def match_spec(wanted, specs):
 
 def substitute(code, name, values):
     """`code` for kernel `name`, with each ``{variable}`` of `values` replaced in one exact
-    pass. UsageError where a dict has no key `name`, or str() fails."""
+    pass. UsageError where a value, or a dict's for `name`, can't be had as text."""
     texts = {}
     for variable, value in values.items():
-        if isinstance(value, dict) and name not in value:
-            raise UsageError(f"-i: the dict {variable} has no key {name!r}")
         try:
             texts[variable] = str(value[name] if isinstance(value, dict) else value)
         except Exception as error:
-            raise UsageError(f"-i: str({variable}) fails: {error}") from None
-    return re.sub(r"\{(%s)\}" % "|".join(map(re.escape, texts)),
-                  lambda match: texts[match[1]], code) if texts else code
+            raise UsageError(f"-i: {variable} has no text for {name}: {error!r}") from None
+    return re.sub(r"\{([^{}]+)\}", lambda match: texts.get(match[1], match[0]), code)
 
 
 # ---- the screen -----------------------------------------------------------
@@ -431,14 +421,15 @@ class Screen:
         file = sys.stderr if stream == "stderr" else sys.stdout
         if not self.labelled:
             return self.write(file, text)
-        *lines, rest = re.split(r"(?<=\n)", self.unfinished.pop((name, stream), "") + text)
+        *lines, rest = re.sub(r"(?m)^.*\r(?=[^\r\n])", "\r",  # what is overwritten
+                              self.unfinished.pop((name, stream), "") + text).split("\n")
         for line in lines:
-            self.line(file, name, line.rstrip("\r\n").rpartition("\r")[2], "\n")
-        bar = re.search(r"\r([^\r]+)\r*$", "\r" + rest)
-        if "\r" in rest and bar:
-            self.line(file, name, bar[1], "\r")
-            rest = bar[0]
-        self.unfinished[name, stream] = rest
+            self.line(file, name, line.strip("\r"), "\n")
+        bar = rest.strip("\r")
+        if bar:
+            self.unfinished[name, stream] = rest
+        if bar and bar != rest:
+            self.line(file, name, bar, "\r")
 
     def line(self, file, name, text, end):
         """A whole line, in place of a progress bar's that may stand there."""
@@ -449,17 +440,14 @@ class Screen:
     def finish(self, name):
         """Show the unfinished lines of a kernel: what comes next isn't theirs."""
         for key in [key for key in self.unfinished if key[0] == name]:
-            if self.unfinished[key].strip("\r"):
-                self.stream(*key, "\n")
-            self.unfinished.pop(key, None)
+            self.stream(*key, "\n")
 
     def display(self, name, kind, content):
         data, update = content["data"], kind == "update_display_data"
-        if self.labelled and not update and data.get("text/plain") != "":
+        text = str(data.get("text/plain", "\n"))
+        if not update:
             self.finish(name)
-            one_line = "\n" not in str(data.get("text/plain", "\n")) and not self.notebook
-            self.write(sys.stdout, f"[{name}]" + (" " if one_line else "\n"))
-        self.file.flush()
+            self.write(sys.stdout, label(name, text, self.labelled and text))
         transient = dict(content.get("transient") or {})
         if "display_id" in transient:  # two kernels may choose the same
             transient["display_id"] = f"{name} {transient['display_id']}"
@@ -468,13 +456,11 @@ class Screen:
 
     def error(self, name, content):
         self.finish(name)
-        text = label(name, "\n".join(content["traceback"]), self.labelled)
-        if self.notebook:
-            self.file.flush()
-            self.shell.kernel.send_response(self.shell.kernel.iopub_socket, "error",
-                                            {**content, "traceback": text.split("\n")})
-        else:
-            self.write(sys.stderr, text + "\n")
+        self.write(sys.stdout, "")
+        text = "\n".join(content["traceback"])
+        self.shell._showtraceback(
+            types.SimpleNamespace(__name__=content.get("ename")), content.get("evalue"),
+            (label(name, text, self.labelled) + text).split("\n"))
 
     def clear(self, wait):
         self.unfinished.clear()
@@ -483,14 +469,12 @@ class Screen:
 
     def status(self, text):
         """One line, updated in place, a display in a notebook; without text, none."""
-        if not text and not self.standing:
-            return
-        if self.notebook:
-            update, self.standing = bool(self.standing), self.standing or uuid.uuid4().hex
-            self.shell.display_pub.publish(
-                data={"text/plain": text} if text else {}, metadata={}, update=update,
-                transient={"display_id": self.standing})
-        elif sys.stderr.isatty():
+        data = {"text/plain": text} if text else {}
+        if self.notebook and self.standing:
+            self.standing.update(data, raw=True)
+        elif self.notebook and text:
+            self.standing = display(data, raw=True, display_id=True)
+        elif (text or self.standing) and sys.stderr.isatty():
             self.standing = text
             print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
         self.standing = text and self.standing
@@ -545,10 +529,9 @@ class KernelNamespace:
 
     def __new__(cls, kernel):
         """Each has a class of its own, whose properties wait for a run in the background."""
-        return object.__new__(type(cls.__name__, (cls,), {"__slots__": ()}))
-
-    def __init__(self, kernel):
+        self = object.__new__(type(cls.__name__, (cls,), {"__slots__": ()}))
         self.__kernel = kernel
+        return self
 
     def __repr__(self):
         kernel, run = self.__kernel, self.__kernel.run
@@ -1191,7 +1174,8 @@ class Driver:
         self.screen.finish(kernel.name)
         self.screen.file.flush()
         try:
-            kernel.run.step(ask_user(label(kernel.name, prompt, self.screen.labelled), password))
+            prompt = label(kernel.name, prompt, self.screen.labelled) + prompt
+            kernel.run.step(ask_user(prompt, password))
         except EOFError:
             kernel.run.step("\x04")
         except KeyboardInterrupt:
