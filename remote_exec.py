@@ -193,6 +193,19 @@ def pack(values, protocol):
     return parts, [frames[number] for number in sorted(frames)], failures
 
 
+def set_aside(frames, directory):
+    """The frames, but empty ones for those that are large: these are files of the directory,
+    if there is one."""
+    frames = list(frames)
+    for number, frame in enumerate(frames):
+        if directory and len(frame) >= LARGE:
+            with contextlib.suppress(OSError):  # no room: ZMQ takes it, then
+                with open(os.path.join(directory, str(number)), "wb") as file:
+                    file.write(frame)
+                frames[number] = b""
+    return frames
+
+
 def load(frame, options):
     """Unpickle a frame, without a copy of it where the `Unpickler` is not needed."""
     try:
@@ -201,8 +214,15 @@ def load(frame, options):
         return Unpickler(io.BytesIO(frame), **options).load()
 
 
-def unpack(parts, frames):
-    """(values, failures) of what `pack` made."""
+def unpack(parts, frames, aside=None):
+    """(values, failures) of what `pack` made; what is set aside is mapped, as memory of this
+    process alone."""
+    untracked = {"trackfd": False} if sys.version_info >= (3, 13) else {}  # else each holds one
+    for number, frame in enumerate(frames):
+        if not len(frame):
+            with open(os.path.join(aside, str(number)), "rb") as file:
+                frames[number] = memoryview(
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, **untracked))
     values, failures = {}, []
     options = {"encoding": "latin1"} if sys.version_info > (3,) else {}
     with uncollected():
@@ -222,29 +242,6 @@ def unpack(parts, frames):
     return values, failures
 
 
-def set_aside(frames, directory):
-    """The frames; of those that are large, where there is a directory, only empty ones: they
-    are files there."""
-    frames = list(frames)
-    for number, frame in enumerate(frames):
-        if directory and len(frame) >= LARGE:
-            with contextlib.suppress(OSError):  # no room: ZMQ takes it, then
-                with open(os.path.join(directory, str(number)), "wb") as file:
-                    file.write(frame)
-                frames[number] = b""
-    return frames
-
-
-def take_back(frames, directory):
-    """Map what was set aside, as memory of this process alone."""
-    options = {"trackfd": False} if sys.version_info >= (3, 13) else {}  # else each holds one
-    for number, frame in enumerate(frames):
-        if not len(frame):
-            with open(os.path.join(directory, str(number)), "rb") as file:
-                frames[number] = memoryview(
-                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, **options))
-
-
 def prepare(directory, parts, aside):
     """Change directory, take the pushed variables: from the request's buffers, and, where
     they are large, from the directory `aside`."""
@@ -254,9 +251,7 @@ def prepare(directory, parts, aside):
             directory = os.path.expandvars(os.path.expanduser(directory))
         os.chdir(directory)
     if parts:
-        frames = shell.get_parent()["buffers"]
-        take_back(frames, aside)
-        values, failures = unpack(parts, frames)
+        values, failures = unpack(parts, shell.get_parent()["buffers"], aside)
         if failures:
             raise ValueError("; ".join(text for _, text in failures))
         shell.user_ns.update(values)
@@ -491,13 +486,13 @@ class Widgets:
 
     def hear(self, kind, content, message):
         """Pass on what a far comm says; what is not a front end's is passed over."""
-        comm, data = self.comms.get(content["comm_id"]), content.get("data") or {}
-        rest = message["metadata"], message["buffers"]
-        if kind == "comm_open" and hasattr(self.shell, "kernel"):
+        comm_id, data = content["comm_id"], content.get("data") or {}
+        comm, rest = self.comms.get(comm_id), (message["metadata"], message["buffers"])
+        if kind == "comm_open" and self.screen.notebook:
             with contextlib.suppress(ImportError):  # before ipykernel 6
                 from comm import create_comm
-                comm = self.comms[content["comm_id"]] = create_comm(
-                    content["target_name"], data, *rest, comm_id=content["comm_id"])
+                comm = create_comm(content["target_name"], data, *rest, comm_id=comm_id)
+                self.comms[comm_id] = comm
                 comm.on_msg(lambda message: self.answer("comm_msg", message))
                 comm.on_close(lambda message: self.answer("comm_close", message))
         elif kind == "comm_msg" and comm:
@@ -506,8 +501,7 @@ class Widgets:
                     comm] * bool(data["state"].pop("msg_id"))
             comm.send(data, *rest)
         elif kind == "comm_close" and comm:
-            del self.comms[content["comm_id"]]
-            comm.close(data, *rest)
+            self.comms.pop(comm_id).close(data, *rest)
 
     def catch(self, msg_id):
         """What is shown from now on goes into the `Output` that catches, until there is no
@@ -550,8 +544,7 @@ KERNEL = "_KernelNamespace__kernel"
 
 
 def undated(part):
-    """Part of a message, without its date: jupyter_client spends half of its time on parsing
-    that."""
+    """Part of a message, without its date, whose parsing takes half of jupyter_client's time."""
     part = json.loads(part)
     part.pop("date", None)
     return part
@@ -1079,8 +1072,7 @@ def fetch(kernel, code, names):
             raise Failed("LostReplyError", "the outputs were lost; fetch them without code")
         (parts, failures), frames = answer.outputs
         try:
-            take_back(frames, aside)
-            values, more = unpack(parts, frames)
+            values, more = unpack(parts, frames, aside)
         except KeyboardInterrupt:
             raise Failed("KeyboardInterrupt", "not loaded here") from None
     return {name: values[name] for name in names if name in values}, failures + more
