@@ -149,8 +149,8 @@ def pickled(value, protocol, pickler_class):
     return [b"".join(chunks)] + buffers, pickler.memo
 
 
-def pack(values, protocol):
-    """(parts, frames, failures): the dict `values`, pickled.
+def pack(names, namespace, protocol):
+    """(parts, frames, failures): the variables `names`, pickled.
 
     Each value is a part of its own, so that one that can't be loaded takes nothing from the
     others; those that share something mutable stand in one more part, together, ahead of
@@ -163,24 +163,26 @@ def pack(values, protocol):
     except ImportError:
         CloudPickler = pickle.Pickler
 
-    def add(names):
-        named = {name: values[name] for name in names}
+    def add(some):
+        values = {name: namespace[name] for name in some}
         try:
-            own, memo = pickled(named, protocol, pickle.Pickler)
+            own, memo = pickled(values, protocol, pickle.Pickler)
         except Exception:
-            own, memo = pickled(named, protocol, CloudPickler)
+            own, memo = pickled(values, protocol, CloudPickler)
         places = [numbers[id(getattr(each, "obj", each))] for each in own]
-        parts.append([names, places])
+        parts.append([some, places])
         frames.update(zip(places, own))
-        return memo.copy() if len(values) > 1 else {}
+        return memo.copy() if len(names) > 1 else {}
 
     def mutable(value):
         return type(value).__hash__ in (None, object.__hash__) and not isinstance(
             value, (type, types.FunctionType, types.BuiltinFunctionType))
 
     with uncollected():
-        for name in values:
+        for name in names:
             try:
+                if name not in namespace:
+                    raise NameError("name '%s' is not defined" % name)
                 memos[name] = add([name])
             except Exception as error:
                 failures.append([type(error).__name__, "%s: %s" % (name, error)])
@@ -261,17 +263,13 @@ def send(names, protocol, copy, aside, comm=[]):
     """Publish the variables `names` as buffers of one message of the one `comm`, the large ones
     in files of `aside`. Those that can't go are named in its data. A `copy`, since another
     client might change them."""
-    namespace = get_ipython().user_ns
-    parts, frames, failures = pack(
-        {str(name): namespace[name] for name in names if name in namespace}, protocol)
-    failures += [["NameError", "name '%s' is not defined" % name]
-                 for name in names if name not in namespace]
     if not comm:
         try:
             from comm import create_comm
         except ImportError:  # before ipykernel 6
             from ipykernel.comm import Comm as create_comm
         comm.append(create_comm(target_name="remote_exec", primary=False))
+    parts, frames, failures = pack(list(map(str, names)), get_ipython().user_ns, protocol)
     frames = set_aside(frames, aside)
     comm[0].send({"remote_exec": [parts, failures]},
                  buffers=list(map(bytes, frames)) if copy else frames)
@@ -1367,7 +1365,7 @@ class Call(Driver):
     def pack(self, protocol):
         """(parts, frames) of what is pushed."""
         if protocol not in self.packed:
-            *self.packed[protocol], failures = pack(self.push, protocol)
+            *self.packed[protocol], failures = pack(list(self.push), self.push, protocol)
             if failures:
                 raise UsageError(f"-p: can't pickle {failures[0][1]}")
         return self.packed[protocol]

@@ -323,7 +323,7 @@ def test_substitution_is_one_exact_pass(code, values):
 
 
 def test_versions_are_named():
-    parts, _, _ = rx.pack({"x": 1}, 2)
+    parts, _, _ = rx.pack(["x"], {"x": 1}, 2)
     (_, text), = rx.unpack(parts, [b"cnumpy\nno_such_thing\n."])[1]
     assert re.search(r"x can't be loaded: .*no_such_thing.*numpy \d", text), text
 
