@@ -97,7 +97,7 @@ class Failed(Exception):
 
 
 def label(name, text, labelled=True):
-    """What stands ahead of `text`, in its line or above its lines: the name of its kernel."""
+    """The name of its kernel, to stand ahead of `text`: in its line, or above its lines."""
     return f"[{name}] " + ("\n" if "\n" in text else "") if labelled else ""
 
 
@@ -163,14 +163,14 @@ def pack(names, namespace, protocol):
     except ImportError:
         CloudPickler = pickle.Pickler
 
-    def add(some):
-        values = {name: namespace[name] for name in some}
+    def add(group):
+        values = {name: namespace[name] for name in group}
         try:
             own, memo = pickled(values, protocol, pickle.Pickler)
         except Exception:
             own, memo = pickled(values, protocol, CloudPickler)
         places = [numbers[id(getattr(each, "obj", each))] for each in own]
-        parts.append([some, places])
+        parts.append([group, places])
         frames.update(zip(places, own))
         return memo.copy() if len(names) > 1 else {}
 
@@ -300,8 +300,7 @@ SETUP_CODE = (
 
 def remote_call(function, *arguments):
     """Expression that calls a function of the remote side, in any Python."""
-    return (f"__import__('_remote_exec').{function.__name__}"
-            f"(*__import__('json').loads({json.dumps(arguments)!r}))")
+    return f"__import__('_remote_exec').{function.__name__}{arguments!r}"
 
 
 # ---- the line -------------------------------------------------------------
