@@ -219,21 +219,23 @@ def load(frame, options):
 def unpack(parts, frames, aside=None):
     """(values, failures) of what `pack` made; what is set aside is mapped, as memory of this
     process alone."""
-    untracked = {"trackfd": False} if sys.version_info >= (3, 13) else {}  # else each holds one
-    for number, frame in enumerate(frames):
-        if not len(frame):
-            with open(os.path.join(aside, str(number)), "rb") as file:
-                frames[number] = memoryview(
-                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, **untracked))
     values, failures = {}, []
     options = {"encoding": "latin1"} if sys.version_info > (3,) else {}
+    untracked = {"trackfd": False} if sys.version_info >= (3, 13) else {}  # else each holds one
+
+    def back(number):
+        if len(frames[number]):
+            return frames[number]
+        with open(os.path.join(aside, str(number)), "rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, **untracked))
+
     with uncollected():
         for names, numbers in parts:
-            if numbers[1:]:
-                options["buffers"] = [frames[number] for number in numbers[1:]]
             try:
                 if not set(names) <= set(values):
-                    values.update(load(frames[numbers[0]], options))
+                    if numbers[1:]:
+                        options["buffers"] = list(map(back, numbers[1:]))
+                    values.update(load(back(numbers[0]), options))
             except (Exception, SystemExit) as error:  # unpickling may run anything
                 here = ["%s %s here" % (each, sys.modules[each].__version__)
                         for each in ("numpy", "pandas")
