@@ -174,9 +174,9 @@ def pack(names, namespace, protocol):
         frames.update(zip(places, own))
         return memo.copy() if len(names) > 1 else {}
 
-    def mutable(value):
-        return type(value).__hash__ in (None, object.__hash__) and not isinstance(
-            value, (type, types.FunctionType, types.BuiltinFunctionType))
+    def mutable(value):  # what has no hash, or one by identity (torch's tensors: id())
+        return not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)) and (
+            type(value).__hash__ is None or hash(value) in (id(value), object.__hash__(value)))
 
     with uncollected():
         for name in names:
@@ -210,10 +210,10 @@ def set_aside(frames, directory):
 
 def load(frame, options):
     """Unpickle a frame, without a copy of it where the `Unpickler` is not needed."""
-    try:
-        return pickle.loads(frame, **options)
-    except Exception:  # Python 2 takes no memoryview
-        return Unpickler(io.BytesIO(frame), **options).load()
+    if sys.version_info > (3,):
+        with contextlib.suppress(ImportError):
+            return pickle.loads(frame, **options)
+    return Unpickler(io.BytesIO(frame), **options).load()
 
 
 def unpack(parts, frames, aside=None):
@@ -277,13 +277,13 @@ def send(names, protocol, copy, aside, comm=[]):
                  buffers=list(map(bytes, frames)) if copy else frames)
 
 
-def hurry(kernel):
-    """Lift ipykernel's limit of 1000 queued messages, past which outputs are dropped, and its
-    pause before a reply, made for clients that wait for nothing else."""
+def publish_all(kernel):
+    """Lift ipykernel's limit of 1000 queued messages, past which outputs are dropped; says
+    whether it is an ipykernel."""
     thread = getattr(getattr(kernel, "iopub_socket", None), "io_thread", None)
     if thread is not None:
         thread.schedule(lambda: setattr(thread.socket, "sndhwm", 0))
-        kernel._execute_sleep = 0
+    return thread is not None
 
 
 # what stands above, taken once: this file may change while a session is open
@@ -291,7 +291,8 @@ REMOTE_SOURCE = (
     "import collections, contextlib, gc, io, mmap, os, pickle, sys, types\n"
     "from IPython import get_ipython\n"
     + re.search("(?ms)^IN_BAND.*(?=^REMOTE_SOURCE)", __loader__.get_source(__name__))[0]
-    + "hurry(get_ipython().kernel)")
+    + "if publish_all(get_ipython().kernel):\n"  # and its pause, for those that wait for no idle
+      "    get_ipython().kernel._execute_sleep = 0")
 # makes the module, and adds `pickle` and `os` to the user's namespace and nothing else
 SETUP_CODE = (
     "import os, pickle\n"
@@ -320,7 +321,8 @@ def parse_line(line):
         raise UsageError(f"{error}; `--` ends the options, %remote_exec? shows them all") from None
     for option, value in pairs:
         letter = option.lstrip("-")[0]
-        options[letter] = f"{options[letter]},{value}" if letter in options else value
+        adds = letter in options and letter != "t"
+        options[letter] = f"{options[letter]},{value}" if adds else value
     return options, line.split(None, len(words) - len(rest))[-1] if rest else ""
 
 
@@ -376,13 +378,15 @@ def match_spec(wanted, specs):
 
 def substitute(code, name, values):
     """`code` for kernel `name`, with each ``{variable}`` of `values` replaced in one exact
-    pass. UsageError where a value, or a dict's for `name`, can't be had as text."""
+    pass. UsageError where a dict has no key `name`, or str() fails."""
     texts = {}
     for variable, value in values.items():
         try:
             texts[variable] = str(value[name] if isinstance(value, dict) else value)
         except Exception as error:
-            raise UsageError(f"-i: {variable} has no text for {name}: {error!r}") from None
+            fault = "the dict {} has no key {!r}" if isinstance(error, KeyError) else (
+                "str() of {} fails, for {}: {}")
+            raise UsageError("-i: " + fault.format(variable, name, error)) from None
     return re.sub(r"\{([^{}]+)\}", lambda match: texts.get(match[1], match[0]), code)
 
 
@@ -441,7 +445,8 @@ class Screen:
         text = str(data.get("text/plain", "\n"))
         if not update:
             self.finish(name)
-            self.write(sys.stdout, label(name, text, self.labelled and text))
+            self.write(sys.stdout, label(
+                name, "\n" if self.notebook else text, self.labelled and text))
         transient = dict(content.get("transient") or {})
         if "display_id" in transient:  # two kernels may choose the same
             transient["display_id"] = f"{name} {transient['display_id']}"
@@ -1583,7 +1588,7 @@ def load_ipython_extension(ipython):
         ipython.set_hook("complete_command", lambda _, event: magics.complete(event), str_key=magic)
     atexit.register(magics.close)
     if hasattr(ipython, "kernel"):
-        hurry(ipython.kernel)
+        publish_all(ipython.kernel)
 
 
 def unload_ipython_extension(ipython):
