@@ -753,7 +753,7 @@ class Kernel:
                     self.ask(kind, message["content"], **more)
                 else:
                     self.run = Run(request(self, kind, message["content"], **more))
-                    with Driver(self.magics, self.screen) as driver:
+                    with Driver(self.screen) as driver:
                         driver.drive([self])
             finally:
                 lock.release()
@@ -790,8 +790,8 @@ class Kernel:
     def collect(self, name):
         """The variable, when it has come. Raises the RemoteError that the run came to. Ctrl-C ends
         only the waiting."""
-        with self.magics.lock, Driver(self.magics, self.screen) as driver:
-            driver.drive([self], only_wait=True)
+        with self.magics.lock, Driver(self.screen) as driver:
+            driver.drive([self], stopped=None)
         self.run.since = None
         if self.run.failure:
             raise RemoteError({self.name: self.run.failure}, self.screen.labelled)
@@ -1086,10 +1086,9 @@ class Driver:
     """Goes on with what is done with kernels, with one limit, and one Ctrl-C, for all of them,
     which is counted while this is entered."""
 
-    def __init__(self, magics, screen):
-        self.magics, self.screen = magics, screen
+    def __init__(self, screen):
+        self.screen, self.previous = screen, None
         self.presses = self.heeded = 0
-        self.previous = None
 
     def __enter__(self):
         with contextlib.suppress(ValueError):  # not the main thread: Ctrl-C doesn't come here
@@ -1111,11 +1110,10 @@ class Driver:
         if frame:
             raise KeyboardInterrupt
 
-    def drive(self, kernels, doing="waiting for", stopped="stopped", limit=None, late=(),
-              only_wait=False):
+    def drive(self, kernels, limit=None, late=None, doing="waiting for", stopped="stopped"):
         """Go on with the `kernels` until each is at the BARRIER, or done. Those that are not
-        after `limit` seconds are thrown the failure `late`, and at each Ctrl-C one that says
-        `stopped`; with `only_wait`, that ends the waiting alone."""
+        after `limit` seconds are thrown `late`, and at each Ctrl-C a failure that says
+        `stopped`; where that is None, it ends the waiting alone."""
         begin = told = stepped = time.monotonic()
         waiting = kernels = [kernel for kernel in kernels if kernel.run.steps]
         ready = waiting if self.presses == self.heeded else ()  # it came between two phases
@@ -1124,9 +1122,9 @@ class Driver:
                 kernel.run.step()
             now, hurries = time.monotonic(), []
             if limit and now - begin > limit:
-                limit, hurries = None, [Failed(*late)]
+                limit, hurries = None, [late]
             while self.presses > self.heeded:
-                if only_wait:
+                if not stopped:
                     raise KeyboardInterrupt(f"{some(waiting)} not waited for")
                 self.heeded += 1
                 hurries.append(Failed("KeyboardInterrupt", stopped))
@@ -1139,7 +1137,7 @@ class Driver:
             if waiting and now - told > 1:
                 told = now
                 self.tell(kernels, waiting, doing, now - begin)
-            ready = waiting and self.poll(waiting)
+            ready = self.poll(waiting)
             if not ready or time.monotonic() - stepped > 0.1:
                 stepped, ready = time.monotonic(), waiting
         self.screen.status("")
@@ -1156,13 +1154,12 @@ class Driver:
                                + (ready and f"; ready: {ready}"))
 
     def poll(self, kernels):
-        """Those from which something has come, within 0.1 s; None if none has sockets yet."""
-        owners = {each: kernel for kernel in kernels for each in kernel.sockets.values()}
-        if not owners:  # a poll of nothing would not wait
+        """Those from which something has come, within 0.1 s; None if some have no sockets yet."""
+        if not all(kernel.sockets for kernel in kernels):
             return time.sleep(0.02)
-        pause = 100 if all(kernel.sockets for kernel in kernels) else 20
+        owners = {each: kernel for kernel in kernels for each in kernel.sockets.values()}
         return {owners[each] for each, _ in zmq.zmq_poll(
-            [(each, zmq.POLLIN) for each in owners], pause)}
+            [(each, zmq.POLLIN) for each in owners], 100)}
 
     def put_question(self, kernel):
         """Ask here what the kernel asks."""
@@ -1197,89 +1194,87 @@ class Call(Driver):
 
     def __init__(self, magics, options, code, local_ns):
         """Raises UsageError before anything is done."""
-        self.namespaces = local_ns, magics.shell.user_ns
-        self.has_code, self.replace = bool(code.strip()), "s" in options
-        self.background, self.only_stops = "b" in options, self.replace and not self.has_code
+        self.magics, self.locals = magics, collections.ChainMap(local_ns, magics.shell.user_ns)
+        self.replace, self.background = "s" in options, "b" in options
+        self.only_stops = self.replace and not code.strip()
         targets = parse_targets(self.entries(options.get("k")))
-        super().__init__(magics, Screen(magics.shell, len(targets) > 1))
+        super().__init__(Screen(magics.shell, len(targets) > 1))
         self.outputs, inputs, pushes = (
             parse_names(option, options[option]) if option in options else [] for option in "oip")
         self.timeout = parse_seconds(options["t"]) if "t" in options else None
         if self.only_stops and (self.outputs or pushes):
             raise UsageError("-s leaves no kernel for -o or -p, unless there is code to run")
-        if self.background and (self.timeout or not self.has_code):
+        if self.background and (self.timeout or not code.strip()):
             raise UsageError("-b needs code, and no -t; -t in a call without code waits for it")
         values = {name: self.local(name, "i") for name in inputs}
         self.push = {name: self.local(name, "p") for name in pushes}
-        self.plans = []
+        self.packed = {}  # what is pushed, by pickle protocol
+        self.plans = {}   # (spec, directory, code) of each kernel
         for name, (spec, directory) in targets.items():
             kernel = magics.kernel(name, spec)
             spec = self.only_stops or magics.spec(kernel, spec, self.replace)
-            self.plans.append((kernel, spec, directory, substitute(code, name, values)))
-        self.kernels = [kernel for kernel, *_ in self.plans]
-        self.packed = {}  # what is pushed, by pickle protocol
+            self.plans[kernel] = spec, directory, substitute(code, name, values)
 
     def entries(self, text):
         """The entries of -k, or of the local variable that it names in braces."""
         if not text:
             raise UsageError("-k NAME[=SPEC][:DIRECTORY],... is missing; see %remote_exec?")
-        if not re.fullmatch(r"\{\w+\}", text):
-            return text.split(",")
-        value = self.local(text[1:-1], "k")
+        value = self.local(text[1:-1], "k") if re.fullmatch(r"\{\w+\}", text) else text
         if isinstance(value, str):
-            return re.split(r"[,\s]+", value.strip())
+            return re.split(r"\s*,\s*|\s+", value.strip())
         if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value):
-            return list(value)
+            return value
         raise UsageError(f"-k {text}: needs a string or a list of strings, not {value!r:.60}")
 
     def local(self, name, option):
         """The value of a local variable: the caller's, else the user's."""
-        name = unicodedata.normalize("NFKC", name)
-        for namespace in self.namespaces:
-            if name in namespace:
-                return namespace[name]
-        raise UsageError(f"-{option}: there is no local variable {name!r}")
+        try:
+            return self.locals[unicodedata.normalize("NFKC", name)]
+        except KeyError:
+            raise UsageError(f"-{option}: there is no local variable {name!r}") from None
 
     def run(self):
         """All steps. Raises UsageError, RemoteError, KeyboardInterrupt."""
-        limit, together = self.magics.startup_timeout, (len(self.kernels) - 1) / 2  # on few cores
-        late = "TimeoutError", f"still busy after {self.timeout or 0:g} s"
+        patience = self.magics.startup_timeout
+        late = Failed("TimeoutError", f"still busy after {self.timeout or 0:g} s")
         with self:
             if self.push:
                 self.pack(pickle.HIGHEST_PROTOCOL)  # what can't go is told before anything is done
-            self.magics.kernels.update({kernel.name: kernel for kernel in self.kernels})
-            for kernel, *plan in self.plans:
-                kernel.run = Run(self.serve(kernel, kernel.run, *plan))
+            for kernel in self.plans:
+                self.magics.kernels[kernel.name] = kernel
+                kernel.screen = self.screen
+                kernel.wait_for([])
+                if self.replace or not kernel.run.since:
+                    kernel.run = Run()
+                kernel.run.since = None
             try:
-                self.phase(limit=self.timeout, late=late)  # for what runs in the background
-                self.phase("stopping", "not waited for", 15,
-                           ("ShutdownError", "may still run: it does not answer"))
-                self.phase("starting", "not started", limit + together, (
-                    "TimeoutError", f"not ready after {limit:g} s "
-                    "(c.RemoteExecMagics.startup_timeout)"))
-                if not self.only_stops:
-                    self.namespaces[1].update({each.name: each.namespace for each in self.kernels})
-                self.phase("preparing", limit=self.timeout and max(self.timeout, limit), late=late)
-                if self.background:
-                    for kernel in self.kernels:
-                        kernel.run.since = time.strftime("running since %H:%M:%S")
-                        kernel.wait_for(self.outputs)
-                        kernel.run.step()
-                        kernel.tend()
-                else:
-                    self.phase(limit=self.timeout, late=late)
+                self.phase(self.timeout, late)  # what runs in the background
+                for kernel, plan in self.plans.items():
+                    kernel.run = Run(self.serve(kernel, *plan))
+                self.phase(15, Failed("ShutdownError", "may still run: it does not answer"),
+                           "stopping", "not waited for")
+                self.phase(patience + (len(self.plans) - 1) / 2, Failed(  # on few cores
+                    "TimeoutError", f"not ready after {patience:g} s "
+                    "(c.RemoteExecMagics.startup_timeout)"), "starting", "not started")
+                self.phase(self.timeout and max(self.timeout, patience), late, "preparing")
+                if not self.background:
+                    self.phase(self.timeout, late)
+                for kernel in self.plans if self.background else ():
+                    kernel.run.since = time.strftime("running since %H:%M:%S")
+                    kernel.wait_for(self.outputs)
+                    kernel.run.step()
+                    kernel.tend()
             finally:
-                for kernel in self.kernels:
+                for kernel in self.plans:
                     if kernel.run.steps and not kernel.run.since:
                         kernel.run.steps = kernel.run.steps.close()
+                    if kernel.run.failure and kernel.death:
+                        kernel.stop()
 
-    def phase(self, *arguments, **options):
+    def phase(self, *arguments):
         """Bring all kernels to the next BARRIER; raise what they, taken together, came to."""
-        self.drive(self.kernels, *arguments, **options)
-        failures = {each.name: each.run.failure for each in self.kernels if each.run.failure}
-        for kernel in self.kernels:
-            if kernel.run.failure and kernel.death:
-                kernel.stop()
+        self.drive(self.plans, *arguments)
+        failures = {each.name: each.run.failure for each in self.plans if each.run.failure}
         if self.heeded:
             stopped = {}
             for name in [*failures]:
@@ -1295,18 +1290,9 @@ class Call(Driver):
         if failures:
             raise RemoteError(failures, self.screen.labelled)
 
-    def serve(self, kernel, earlier, spec, directory, code):
+    def serve(self, kernel, spec, directory, code):
         """All that one kernel goes through; at each BARRIER it waits for the others."""
-        # what it printed since the last call is shown, what it runs is waited for
-        kernel.screen = self.screen
-        kernel.wait_for([])
-        if earlier.steps and not self.replace:
-            yield from earlier.steps
-        elif earlier.since and earlier.failure and not self.replace:
-            raise Failed(*earlier.failure)
-        kernel.listen_on(0)
-        yield BARRIER
-
+        kernel.listen_on(0)  # what it printed since the last call
         # it may have ended, or been restarted by its owner, since it was seen to work
         suspect = kernel.launched and (kernel.exited or kernel.broken > kernel.checked)
         if self.replace:
@@ -1347,6 +1333,7 @@ class Call(Driver):
                 if "Address already in use" not in error.args[1]:
                     raise
                 yield from start(kernel)
+        self.magics.shell.user_ns[kernel.name] = kernel.namespace
         yield BARRIER
 
         if kernel.protocol is None and (directory or self.push or self.outputs):
@@ -1365,7 +1352,7 @@ class Call(Driver):
             if failures:
                 (ename, evalue), *rest = map(tuple, failures)
                 raise Failed(ename, "; ".join([evalue, *map("{0[0]}: {0[1]}".format, rest)]))
-        elif self.has_code:
+        elif code.strip():
             yield from execute(kernel, code, silent=False)
 
     def pack(self, protocol):
@@ -1448,19 +1435,15 @@ class RemoteExecMagics(Magics):
 
             plt.plot(kernel1.x, kernel1.y); plt.plot(kernel2.x, kernel2.y)
         """
-        if not self.lock.acquire(blocking=False):
-            raise UsageError("another %remote_exec is still running in this session")
-        try:
-            options, code = parse_line(line)
-            code = "\n".join(part for part in (code, cell) if part)
-            if "l" not in options:
-                Call(self, options, code, local_ns or {}).run()
-            elif code.strip():
-                raise UsageError("-l runs no code")
-            else:
+        options, code = parse_line(line)
+        code = "\n".join(part for part in (code, cell) if part)
+        if "l" in options and code.strip():
+            raise UsageError("-l runs no code")
+        with self.lock:
+            if "l" in options:
                 print("\n".join(self.listing()))
-        finally:
-            self.lock.release()
+            else:
+                Call(self, options, code, local_ns or {}).run()
 
     # NAMEs and kernelspecs
 
