@@ -1010,7 +1010,7 @@ def start(kernel):
     its connection file is followed: a batch job may write there on which node it runs."""
     magics, steps, answer = kernel.magics, None, None
     kernel.reset()
-    kernel.loop = magics.loop("local")
+    kernel.loop = magics.loops["local"]
     try:
         magics.check_open_files()
         if kernel.spec.endswith(".json"):  # it runs already
@@ -1018,7 +1018,7 @@ def start(kernel):
         else:
             spec = magics.kernelspecs.get_kernel_spec(kernel.spec)
             if "kernel_provisioner" in spec.metadata:  # not jupyter_client's own, it may block
-                kernel.loop = magics.loop(kernel.name)
+                kernel.loop = magics.loops[kernel.name]
             kernel.manager = AsyncKernelManager(
                 kernel_name=kernel.spec, kernel_spec_manager=magics.kernelspecs,
                 config=magics.connection_config(spec),
@@ -1238,8 +1238,7 @@ class Call(Driver):
         patience = self.magics.startup_timeout
         late = Failed("TimeoutError", f"still busy after {self.timeout or 0:g} s")
         with self:
-            if self.push:
-                self.pack(pickle.HIGHEST_PROTOCOL)  # what can't go is told before anything is done
+            self.pack(pickle.HIGHEST_PROTOCOL)  # what can't go is told before anything is done
             for kernel in self.plans:
                 self.magics.kernels[kernel.name] = kernel
                 kernel.screen = self.screen
@@ -1251,15 +1250,16 @@ class Call(Driver):
                 self.phase(self.timeout, late)  # what runs in the background
                 for kernel, plan in self.plans.items():
                     kernel.run = Run(self.serve(kernel, *plan))
-                self.phase(15, Failed("ShutdownError", "may still run: it does not answer"),
-                           "stopping", "not waited for")
+                self.phase(15 if self.replace else 1, Failed(
+                    "ShutdownError", "may still run: it does not answer"),
+                    "stopping", "not waited for")
                 self.phase(patience + (len(self.plans) - 1) / 2, Failed(  # on few cores
                     "TimeoutError", f"not ready after {patience:g} s "
                     "(c.RemoteExecMagics.startup_timeout)"), "starting", "not started")
                 self.phase(self.timeout and max(self.timeout, patience), late, "preparing")
                 if not self.background:
-                    self.phase(self.timeout, late)
-                for kernel in self.plans if self.background else ():
+                    return self.phase(self.timeout, late)
+                for kernel in self.plans:
                     kernel.run.since = time.strftime("running since %H:%M:%S")
                     kernel.wait_for(self.outputs)
                     kernel.run.step()
@@ -1302,12 +1302,11 @@ class Call(Driver):
             if end and end.exception():
                 raise Failed("ShutdownError", f"may still run: {end.exception()!r}")
         elif kernel.unanswered and not suspect:  # what was given up must have ended by now
-            kernel.ask("kernel_info_request", {})
-            deadline = time.monotonic() + 1
-            while kernel.unanswered:
-                if time.monotonic() > deadline:
-                    raise UsageError(f"{kernel.name} is still busy; wait, or replace it with -s")
-                yield kernel.listen_on(0)
+            try:
+                yield from request(kernel, "kernel_info_request", {})
+            except Failed:
+                raise UsageError(
+                    f"{kernel.name} is still busy; wait, or replace it with -s") from None
         yield BARRIER
 
         if self.only_stops:
@@ -1340,8 +1339,7 @@ class Call(Driver):
             raise UsageError(f"{kernel.name} runs {kernel.language}: -o, -p and :DIRECTORY need a "
                              "Python kernel")
         if kernel.protocol and (directory or self.push or not kernel.set_up):
-            yield from push(kernel, directory, *(
-                self.pack(kernel.protocol) if self.push else ((), ())))
+            yield from push(kernel, directory, *self.pack(kernel.protocol))
         yield BARRIER
 
         self.packed = self.push = None  # a run in the background keeps no objects alive
@@ -1369,17 +1367,25 @@ class Call(Driver):
 
 # ---- the magic ------------------------------------------------------------
 
+def new_loop():
+    """An asyncio loop that runs in a thread of its own, until it is stopped."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=lambda: (loop.run_forever(), loop.close()), daemon=True).start()
+    return loop
+
+
 @magics_class
 class RemoteExecMagics(Magics):
     """The magic ``%remote_exec``, and the kernels that it started."""
 
     startup_timeout = Float(60, help="Seconds that a kernel may take to start.").tag(config=True)
+    begins = r"\s*%%?remote_exec\s"  # a line that is completed
 
     def __init__(self, shell, **options):
         super().__init__(shell, **options)
         self.kernels = {}    # by NAME; also those that were shut down
         self.ends = []       # futures, which the session's end waits for
-        self.loops = {}      # where the kernels' processes are looked after
+        self.loops = collections.defaultdict(new_loop)  # their processes are looked after there
         self.directory = None  # of Unix sockets and large buffers: in memory, if there is such
         self.context = zmq.Context(io_threads=2)
         self.context.rcvhwm = self.context.sndhwm = 0  # drop nothing, never block
@@ -1393,47 +1399,32 @@ class RemoteExecMagics(Magics):
     def remote_exec(self, line, cell=None, local_ns=None):
         """Run code on one or many Jupyter kernels, and bring variables back.
 
-        ::
-
             %remote_exec [options] code
-            %%remote_exec [options] [code]
-            cell
-
-        Options come first, `--` ends them; the rest is code, taken verbatim.
-
-        -k, --kernels NAME[=SPEC][:DIRECTORY],...
-            The kernels. What comes back is in the variable NAME. SPEC picks the
-            kernelspec (a part of its name will do, _ stands for anything), or is the
-            .json connection file of a kernel that runs, which is never shut down.
-            DIRECTORY is where the kernel works from now on. `-k {names}` takes them from
-            a variable: a string, or a list of strings, which may have blanks.
-        -o, --output NAMES
-            Variables to bring back, as NAME.variable.
-        -i, --input NAMES
-            Local variables put into the code wherever {variable} stands, as str()
-            writes them; a dict is looked up by kernel NAME.
-        -p, --push NAMES
-            Local variables sent as objects, before the code runs.
-        -s, --shutdown
-            Shut the kernels down; with code, restart them and run it.
-        -t, --timeout SECONDS
-            Interrupt what is still busy then.
-        -b, --background
-            Return at once. What -o names is waited for where it is used, and all of it
-            by the next call that names the kernel.
-        -l, --list
-            List the running kernels, and the kernelspecs there are.
-
-        Kernels start when first named, work at the same time, and keep their state.
-        Ctrl-C interrupts them; a second one gives the prompt back at once. What went
-        wrong is a `RemoteError`, whose `.failures` maps NAME to (ename, evalue, traceback).
-
-        ::
 
             %%remote_exec -k kernel1=py3:/data/run7,kernel2=far:/scratch -i filenames -o x,y
             x, y = __import__("numpy").loadtxt("{filenames}").T
 
-            plt.plot(kernel1.x, kernel1.y); plt.plot(kernel2.x, kernel2.y)
+        Options come first, `--` ends them; the rest is code, taken verbatim.
+
+        -k, --kernels NAME[=SPEC][:DIRECTORY],...
+                               NAME is the variable that has what comes back. SPEC picks the
+                               kernelspec (a part of its name will do, _ stands for anything), or
+                               is the .json connection file of a kernel that runs, which is never
+                               shut down. DIRECTORY is where it works from now on. `-k {names}`
+                               takes a string, or a list of strings, which may have blanks.
+        -o, --output NAMES     Variables to bring back, as NAME.variable.
+        -i, --input NAMES      Local variables put into the code wherever {variable} stands, as
+                               str() writes them; a dict is looked up by kernel NAME.
+        -p, --push NAMES       Local variables sent as objects, before the code runs.
+        -s, --shutdown         Shut the kernels down; with code, restart them and run it.
+        -t, --timeout SECONDS  Interrupt what is still busy then.
+        -b, --background       Return at once. What -o names is waited for where it is used,
+                               and all of it by the next call that names the kernel.
+        -l, --list             List the running kernels, and the kernelspecs there are.
+
+        Kernels start when first named, work at the same time, and keep their state.
+        Ctrl-C interrupts them; a second one gives the prompt back at once. What went
+        wrong is a `RemoteError`, whose `.failures` maps NAME to (ename, evalue, traceback).
         """
         options, code = parse_line(line)
         code = "\n".join(part for part in (code, cell) if part)
@@ -1483,14 +1474,6 @@ class RemoteExecMagics(Magics):
 
     # the kernels there are
 
-    def loop(self, key):
-        """An asyncio loop that runs in a thread of its own, until the end."""
-        if key not in self.loops:
-            loop = self.loops[key] = asyncio.new_event_loop()
-            threading.Thread(target=lambda: (loop.run_forever(), loop.close()), daemon=True,
-                             name=f"remote_exec {key}").start()
-        return self.loops[key]
-
     def check_open_files(self):
         """Raise OSError where one kernel more, with those that start, would open too many: ZMQ
         would wait for ever for what it lacks. The limit is raised as far as it goes."""
@@ -1507,18 +1490,16 @@ class RemoteExecMagics(Magics):
         """How a kernel is reached: a local ipykernel over Unix sockets, where only the user can
         enter, others over TCP, encrypted where they can; or as the user's own settings say."""
         os.makedirs(jupyter_runtime_dir(), mode=0o700, exist_ok=True)
-        config, users = Config(), self.shell.config.get("KernelManager", {})
+        ours, users = {}, self.shell.config.get("KernelManager", {})
         ipykernel = "kernel_provisioner" not in spec.metadata and spec.argv[1:3] in (
             ["-m", "ipykernel_launcher"], ["-m", "ipykernel"])
         if ipykernel and zmq.has("ipc") and not {"transport", "ip"} & set(users):
             folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"  # unix(7): short
             self.directory = self.directory or tempfile.mkdtemp("", f"rexec-{self.pid}-", folder)
-            config.KernelManager.transport = "ipc"
-            config.KernelManager.ip = tempfile.mktemp(prefix="", dir=self.directory)
+            ours = {"transport": "ipc", "ip": tempfile.mktemp(prefix="", dir=self.directory)}
         elif zmq.has("curve"):  # what an older jupyter_client has no use for, it ignores
-            config.KernelManager.transport_encryption = "auto"
-        config.merge(self.shell.config)
-        return config
+            ours = {"transport_encryption": "auto"}
+        return Config(self.shell.config, KernelManager={**ours, **users})
 
     def close(self):
         """Shut everything down, within two seconds: the end of the session."""
@@ -1552,33 +1533,29 @@ class RemoteExecMagics(Magics):
             yield f"  {kernel.name}  {kernel.spec}  {state}"
         yield "\n  ".join(["kernelspecs:", *sorted(self.kernelspecs.find_kernel_specs())])
 
-    def complete(self, event):
-        """Options, and after -k the names of kernels and kernelspecs."""
-        before = getattr(event, "text_until_cursor", event.line)
-        if re.search(r"\s-\S*$", before):
+    def complete(self, shell, event):
+        """Options, or after -k the names of kernels and kernelspecs; IPython takes what fits."""
+        if re.search(r"\s-\S*$", event.text_until_cursor):
             return ["-" + letter for letter in SHORT.replace(":", "")] + [
                 "--" + name.rstrip("=") for name in LONG]
-        target = re.search(r"\s(?:-k|--kernels)\s+(?:\S*,)?(\S*)$", before)
-        names = [] if not target or "=" in target[1] else [*self.kernels]
-        return names + sorted(self.kernelspecs.find_kernel_specs() if target else ())
+        if re.search(r"\s(-k|--kernels)\s+\S*$", event.text_until_cursor):
+            return [*self.kernels, *self.kernelspecs.find_kernel_specs()]
 
 
 def load_ipython_extension(ipython):
     """Register the magic; its kernels end with the session."""
     magics = RemoteExecMagics(ipython)
     ipython.register_magics(magics)
-    for magic in ("%remote_exec", "%%remote_exec"):
-        ipython.set_hook("complete_command", lambda _, event: magics.complete(event), str_key=magic)
+    ipython.set_hook("complete_command", magics.complete, re_key=magics.begins)
     atexit.register(magics.close)
-    if hasattr(ipython, "kernel"):
-        publish_all(ipython.kernel)
+    publish_all(getattr(ipython, "kernel", None))
 
 
 def unload_ipython_extension(ipython):
     """Shut the kernels down, and take the magic away."""
     magics = ipython.magics_manager.registry.pop("RemoteExecMagics")
-    for kind, magic in (("line", "%remote_exec"), ("cell", "%%remote_exec")):
-        ipython.magics_manager.magics[kind].pop("remote_exec", None)
-        ipython.strdispatchers["complete_command"].strs.pop(magic, None)
+    for kind in ipython.magics_manager.magics.values():
+        kind.pop("remote_exec", None)
+    ipython.strdispatchers["complete_command"].regexs.pop(re.compile(magics.begins), None)
     atexit.unregister(magics.close)
     magics.close()
