@@ -35,6 +35,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import types
 import unicodedata
 import uuid
@@ -753,8 +754,8 @@ class Kernel:
                     self.ask(kind, message["content"], **more)
                 else:
                     self.run = Run(request(self, kind, message["content"], **more))
-                    with Driver(self.screen) as driver:
-                        driver.drive([self])
+                    with Driver([self], self.screen) as driver:
+                        driver.drive()
             finally:
                 lock.release()
 
@@ -790,11 +791,8 @@ class Kernel:
     def collect(self, name):
         """The variable, when it has come. Raises the RemoteError that the run came to. Ctrl-C ends
         only the waiting."""
-        with self.magics.lock, Driver(self.screen) as driver:
-            driver.drive([self], stopped=None)
-        self.run.since = None
-        if self.run.failure:
-            raise RemoteError({self.name: self.run.failure}, self.screen.labelled)
+        with self.magics.lock, Driver([self], self.screen) as driver:
+            driver.phase(stopped=None)
         return vars(self.namespace)[name]
 
 
@@ -1086,8 +1084,8 @@ class Driver:
     """Goes on with what is done with kernels, with one limit, and one Ctrl-C, for all of them,
     which is counted while this is entered."""
 
-    def __init__(self, screen):
-        self.screen, self.previous = screen, None
+    def __init__(self, kernels, screen):
+        self.kernels, self.screen, self.previous = kernels, screen, None
         self.presses = self.heeded = 0
 
     def __enter__(self):
@@ -1095,7 +1093,7 @@ class Driver:
             self.previous = signal.signal(signal.SIGINT, self.on_interrupt)
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind, error, _):
         if self.previous is not None:
             signal.signal(signal.SIGINT, self.previous)
         if kind is KeyboardInterrupt or kind is None and self.presses > self.heeded:
@@ -1105,17 +1103,15 @@ class Driver:
 
     def on_interrupt(self, signum, frame):
         self.presses += 1
-        while frame and frame.f_code not in WORK_HERE:
-            frame = frame.f_back
-        if frame:
+        if any(each.f_code in WORK_HERE for each, _ in traceback.walk_stack(frame)):
             raise KeyboardInterrupt
 
-    def drive(self, kernels, limit=None, late=None, doing="waiting for", stopped="stopped"):
-        """Go on with the `kernels` until each is at the BARRIER, or done. Those that are not
+    def drive(self, limit=None, late=None, doing="waiting for", stopped="stopped"):
+        """Go on with the kernels until each is at the BARRIER, or done. Those that are not
         after `limit` seconds are thrown `late`, and at each Ctrl-C a failure that says
         `stopped`; where that is None, it ends the waiting alone."""
         begin = told = stepped = time.monotonic()
-        waiting = kernels = [kernel for kernel in kernels if kernel.run.steps]
+        waiting = kernels = [kernel for kernel in self.kernels if kernel.run.steps]
         ready = waiting if self.presses == self.heeded else ()  # it came between two phases
         while waiting:
             for kernel in ready:
@@ -1132,7 +1128,7 @@ class Driver:
                 for hurry in hurries:
                     kernel.run.step(hurry)
                 if isinstance(kernel.run.waits_for, tuple) and self.presses == self.heeded:
-                    self.put_question(kernel)
+                    kernel.run.step(self.answer(kernel))
             waiting = [each for each in waiting if each.run.steps and each.run.waits_for != BARRIER]
             if waiting and now - told > 1:
                 told = now
@@ -1161,25 +1157,45 @@ class Driver:
         return {owners[each] for each, _ in zmq.zmq_poll(
             [(each, zmq.POLLIN) for each in owners], 100)}
 
-    def put_question(self, kernel):
-        """Ask here what the kernel asks."""
+    def answer(self, kernel):
+        """What the user says to what the kernel asks; None at Ctrl-C."""
         prompt, password = kernel.run.waits_for
-        self.screen.finish(kernel.name)
-        self.screen.file.flush()
+        ask = getpass.getpass if password else builtins.input
         try:
-            prompt = label(kernel.name, prompt, self.screen.labelled) + prompt
-            kernel.run.step(ask_user(prompt, password))
+            self.screen.finish(kernel.name)
+            self.screen.file.flush()
+            return ask(label(kernel.name, prompt, self.screen.labelled) + prompt)
         except EOFError:
-            kernel.run.step("\x04")
+            return "\x04"
         except KeyboardInterrupt:
             self.presses = max(self.presses, self.heeded + 1)
 
+    def phase(self, *arguments, **options):
+        """`drive` them, and raise what they, taken together, came to."""
+        self.drive(*arguments, **options)
+        failures = {each.name: each.run.failure for each in self.kernels if each.run.failure}
+        for kernel in self.kernels:
+            kernel.run.since = None  # it is told now
+        if self.heeded:
+            stopped = {}
+            for name in [*failures]:
+                if failures[name].ename == "KeyboardInterrupt":
+                    _, what, lines = failures.pop(name)
+                    stopped.setdefault("stopped" if lines else what, []).append(name)
+            if failures:
+                self.say("\n".join(RemoteError(
+                    failures, self.screen.labelled)._render_traceback_()))
+            raise KeyboardInterrupt("; ".join(
+                f"{', '.join(names)} {what}" for what, names in stopped.items())
+                or "no kernel stopped")
+        if failures:
+            raise RemoteError(failures, self.screen.labelled)
 
-def ask_user(prompt, password):
-    return (getpass.getpass if password else builtins.input)(prompt)
+    def say(self, text):
+        self.screen.write(sys.stderr, text + "\n")
 
 
-WORK_HERE = {work.__code__ for work in (pack, unpack, ask_user)}  # that Ctrl-C ends at once
+WORK_HERE = {work.__code__ for work in (pack, unpack, Driver.answer)}  # that Ctrl-C ends at once
 
 
 def some(kernels):
@@ -1198,7 +1214,7 @@ class Call(Driver):
         self.replace, self.background = "s" in options, "b" in options
         self.only_stops = self.replace and not code.strip()
         targets = parse_targets(self.entries(options.get("k")))
-        super().__init__(Screen(magics.shell, len(targets) > 1))
+        super().__init__({}, Screen(magics.shell, len(targets) > 1))
         self.outputs, inputs, pushes = (
             parse_names(option, options[option]) if option in options else [] for option in "oip")
         self.timeout = parse_seconds(options["t"]) if "t" in options else None
@@ -1209,11 +1225,10 @@ class Call(Driver):
         values = {name: self.local(name, "i") for name in inputs}
         self.push = {name: self.local(name, "p") for name in pushes}
         self.packed = {}  # what is pushed, by pickle protocol
-        self.plans = {}   # (spec, directory, code) of each kernel
         for name, (spec, directory) in targets.items():
             kernel = magics.kernel(name, spec)
             spec = self.only_stops or magics.spec(kernel, spec, self.replace)
-            self.plans[kernel] = spec, directory, substitute(code, name, values)
+            self.kernels[kernel] = spec, directory, substitute(code, name, values)
 
     def entries(self, text):
         """The entries of -k, or of the local variable that it names in braces."""
@@ -1239,56 +1254,36 @@ class Call(Driver):
         late = Failed("TimeoutError", f"still busy after {self.timeout or 0:g} s")
         with self:
             self.pack(pickle.HIGHEST_PROTOCOL)  # what can't go is told before anything is done
-            for kernel in self.plans:
+            for kernel in self.kernels:
                 self.magics.kernels[kernel.name] = kernel
                 kernel.screen = self.screen
                 kernel.wait_for([])
                 if self.replace or not kernel.run.since:
                     kernel.run = Run()
-                kernel.run.since = None
             try:
                 self.phase(self.timeout, late)  # what runs in the background
-                for kernel, plan in self.plans.items():
+                for kernel, plan in self.kernels.items():
                     kernel.run = Run(self.serve(kernel, *plan))
                 self.phase(15 if self.replace else 1, Failed(
                     "ShutdownError", "may still run: it does not answer"),
                     "stopping", "not waited for")
-                self.phase(patience + (len(self.plans) - 1) / 2, Failed(  # on few cores
+                self.phase(patience + (len(self.kernels) - 1) / 2, Failed(  # on few cores
                     "TimeoutError", f"not ready after {patience:g} s "
                     "(c.RemoteExecMagics.startup_timeout)"), "starting", "not started")
                 self.phase(self.timeout and max(self.timeout, patience), late, "preparing")
                 if not self.background:
                     return self.phase(self.timeout, late)
-                for kernel in self.plans:
+                for kernel in self.kernels:
                     kernel.run.since = time.strftime("running since %H:%M:%S")
                     kernel.wait_for(self.outputs)
                     kernel.run.step()
                     kernel.tend()
             finally:
-                for kernel in self.plans:
+                for kernel in self.kernels:
                     if kernel.run.steps and not kernel.run.since:
                         kernel.run.steps = kernel.run.steps.close()
                     if kernel.run.failure and kernel.death:
                         kernel.stop()
-
-    def phase(self, *arguments):
-        """Bring all kernels to the next BARRIER; raise what they, taken together, came to."""
-        self.drive(self.plans, *arguments)
-        failures = {each.name: each.run.failure for each in self.plans if each.run.failure}
-        if self.heeded:
-            stopped = {}
-            for name in [*failures]:
-                if failures[name].ename == "KeyboardInterrupt":
-                    _, what, lines = failures.pop(name)
-                    stopped.setdefault("stopped" if lines else what, []).append(name)
-            if failures:
-                self.say("\n".join(RemoteError(
-                    failures, self.screen.labelled)._render_traceback_()))
-            raise KeyboardInterrupt("; ".join(
-                f"{', '.join(names)} {what}" for what, names in stopped.items())
-                or "no kernel stopped")
-        if failures:
-            raise RemoteError(failures, self.screen.labelled)
 
     def serve(self, kernel, spec, directory, code):
         """All that one kernel goes through; at each BARRIER it waits for the others."""
@@ -1360,9 +1355,6 @@ class Call(Driver):
             if failures:
                 raise UsageError(f"-p: can't pickle {failures[0][1]}")
         return self.packed[protocol]
-
-    def say(self, text):
-        self.screen.write(sys.stderr, text + "\n")
 
 
 # ---- the magic ------------------------------------------------------------
