@@ -1094,6 +1094,9 @@ class Driver:
         return self
 
     def __exit__(self, kind, error, _):
+        for kernel in self.kernels:
+            if kernel.run.steps and not kernel.run.since:
+                kernel.run.steps = kernel.run.steps.close()
         if self.previous is not None:
             signal.signal(signal.SIGINT, self.previous)
         if kind is KeyboardInterrupt or kind is None and self.presses > self.heeded:
@@ -1111,7 +1114,7 @@ class Driver:
         after `limit` seconds are thrown `late`, and at each Ctrl-C a failure that says
         `stopped`; where that is None, it ends the waiting alone."""
         begin = told = stepped = time.monotonic()
-        waiting = kernels = [kernel for kernel in self.kernels if kernel.run.steps]
+        waiting = [kernel for kernel in self.kernels if kernel.run.steps]
         ready = waiting if self.presses == self.heeded else ()  # it came between two phases
         while waiting:
             for kernel in ready:
@@ -1132,20 +1135,20 @@ class Driver:
             waiting = [each for each in waiting if each.run.steps and each.run.waits_for != BARRIER]
             if waiting and now - told > 1:
                 told = now
-                self.tell(kernels, waiting, doing, now - begin)
+                self.tell(waiting, doing, now - begin)
             ready = self.poll(waiting)
             if not ready or time.monotonic() - stepped > 0.1:
                 stepped, ready = time.monotonic(), waiting
         self.screen.status("")
         self.screen.file.flush()
 
-    def tell(self, kernels, waiting, doing, seconds):
+    def tell(self, waiting, doing, seconds):
         """Show what has been printed, and, after 3 s, who is waited for."""
         self.screen.file.flush()
         notes = [f"; {each.name} {each.run.waits_for}" for each in waiting
                  if isinstance(each.run.waits_for, str)]
-        if seconds > 3 and (len(kernels) > 1 or notes or not waiting[0].language):
-            ready = some(kernel for kernel in kernels if kernel not in waiting)
+        if seconds > 3 and (len(self.kernels) > 1 or notes or not waiting[0].language):
+            ready = some(kernel for kernel in self.kernels if kernel not in waiting)
             self.screen.status(f"{doing} {some(waiting)} ({seconds:.0f} s)" + "".join(notes[:3])
                                + (ready and f"; ready: {ready}"))
 
@@ -1176,6 +1179,8 @@ class Driver:
         failures = {each.name: each.run.failure for each in self.kernels if each.run.failure}
         for kernel in self.kernels:
             kernel.run.since = None  # it is told now
+            if kernel.run.failure and kernel.death:
+                kernel.stop()
         if self.heeded:
             stopped = {}
             for name in [*failures]:
@@ -1260,30 +1265,22 @@ class Call(Driver):
                 kernel.wait_for([])
                 if self.replace or not kernel.run.since:
                     kernel.run = Run()
-            try:
-                self.phase(self.timeout, late)  # what runs in the background
-                for kernel, plan in self.kernels.items():
-                    kernel.run = Run(self.serve(kernel, *plan))
-                self.phase(15 if self.replace else 1, Failed(
-                    "ShutdownError", "may still run: it does not answer"),
-                    "stopping", "not waited for")
-                self.phase(patience + (len(self.kernels) - 1) / 2, Failed(  # on few cores
-                    "TimeoutError", f"not ready after {patience:g} s "
-                    "(c.RemoteExecMagics.startup_timeout)"), "starting", "not started")
-                self.phase(self.timeout and max(self.timeout, patience), late, "preparing")
-                if not self.background:
-                    return self.phase(self.timeout, late)
-                for kernel in self.kernels:
-                    kernel.run.since = time.strftime("running since %H:%M:%S")
-                    kernel.wait_for(self.outputs)
-                    kernel.run.step()
-                    kernel.tend()
-            finally:
-                for kernel in self.kernels:
-                    if kernel.run.steps and not kernel.run.since:
-                        kernel.run.steps = kernel.run.steps.close()
-                    if kernel.run.failure and kernel.death:
-                        kernel.stop()
+            self.phase(self.timeout, late)  # what runs in the background
+            for kernel, plan in self.kernels.items():
+                kernel.run = Run(self.serve(kernel, *plan))
+            self.phase(15 if self.replace else 1, Failed(
+                "ShutdownError", "may still run: it does not answer"), "stopping", "not waited for")
+            self.phase(patience + (len(self.kernels) - 1) / 2, Failed(  # on few cores
+                "TimeoutError", f"not ready after {patience:g} s "
+                "(c.RemoteExecMagics.startup_timeout)"), "starting", "not started")
+            self.phase(self.timeout and max(self.timeout, patience), late, "preparing")
+            if not self.background:
+                return self.phase(self.timeout, late)
+            for kernel in self.kernels:
+                kernel.run.since = time.strftime("running since %H:%M:%S")
+                kernel.wait_for(self.outputs)
+                kernel.run.step()
+                kernel.tend()
 
     def serve(self, kernel, spec, directory, code):
         """All that one kernel goes through; at each BARRIER it waits for the others."""
