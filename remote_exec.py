@@ -1368,7 +1368,7 @@ class RemoteExecMagics(Magics):
     """The magic ``%remote_exec``, and the kernels that it started."""
 
     startup_timeout = Float(60, help="Seconds that a kernel may take to start.").tag(config=True)
-    begins = r"\s*%%?remote_exec\s"  # a line that is completed
+    begins = r"\s*%{0,2}remote_exec\s"  # a line that is completed
 
     def __init__(self, shell, **options):
         super().__init__(shell, **options)
