@@ -570,10 +570,10 @@ class Run:
             if self.steps:
                 act = self.steps.throw if isinstance(value, Failed) else self.steps.send
                 self.waits_for = act(value)
-        except StopIteration:
+        except (StopIteration, Failed) as end:
             self.steps = self.waits_for = None
-        except Failed as failed:
-            self.steps, self.waits_for, self.failure = None, None, Failure(*failed.args)
+            if isinstance(end, Failed):
+                self.failure = Failure(*end.args)
 
 
 class Kernel:
@@ -588,12 +588,11 @@ class Kernel:
     def reset(self):
         """There is no process."""
         self.manager = self.client = self.launched = self.death = None  # attached: no manager
-        self.monitor = self.beat = None         # of the connection; of the heart, while asked
         self.language = self.protocol = None    # pickle's highest over there, if it is Python
-        self.sockets, self.unanswered = {}, {}  # by channel; the ids of requests, in order
+        self.sockets, self.unanswered = {}, []  # by channel; the ids of requests, in order
         self.file_seen = self.stderr = None     # state of the connection file that was read
-        self.broken = self.checked = 0          # when the connection broke, was seen to work
-        self.set_up = self.heard = 0            # is the remote side there; did messages come
+        self.heard = self.broken = 0            # when something came; the connection broke
+        self.set_up = False                     # is the remote side there
 
     # its process
 
@@ -607,15 +606,13 @@ class Kernel:
         end SIGKILL. A busy one, which would not heed a request, gets SIGTERM at once: srun that
         is killed would leave its job in the queue. An attached one is left alone: None."""
         manager, launched, stderr = self.manager, self.launched, self.stderr
-        client = None if self.unanswered else self.client
+        heeds = manager and self.client and not self.unanswered
 
         async def end():
             await asyncio.gather(asyncio.wrap_future(launched), return_exceptions=True)
             try:
-                if client:
-                    manager._close_control_socket()  # the connection file was followed
-                    manager.ip, manager.control_port = client.ip, client.control_port
-                    await manager.request_shutdown()
+                if heeds:
+                    await manager.provisioner.shutdown_requested()
                 elif await manager.is_alive():
                     await manager.provisioner.terminate()
                 await manager.finish_shutdown(seconds, 0.05)
@@ -624,7 +621,9 @@ class Kernel:
             finally:
                 stderr.close()
                 await manager.cleanup_resources()
-        if self.launched:
+        if heeds:
+            self.send("control", "shutdown_request", {"restart": False})
+        if launched:
             self.disconnect()
             self.reset()
         if launched and manager:
@@ -640,23 +639,20 @@ class Kernel:
 
     async def ended(self):
         """How the kernel ended, or None while it runs, as far as is known. May take long."""
-        if not self.manager:
-            client, host, port = self.client, self.client.ip, self.client.shell_port
-            for _ in range(3):  # its owner may be restarting it
-                try:
-                    _, writer = await asyncio.wait_for(
-                        asyncio.open_unix_connection(f"{host}-{port}") if client.transport == "ipc"
-                        else asyncio.open_connection(host, port), 5)
-                    return writer.close()
-                except (ConnectionRefusedError, FileNotFoundError):
-                    await asyncio.sleep(0.5)
-            return "nothing listens at its address"
-        process = getattr(self.manager.provisioner, "process", None)  # it may be forgotten
-        if await self.manager.is_alive():
-            return None
-        code = getattr(process, "returncode", None)
-        names = {-each: f"killed by {each.name}" for each in signal.Signals}
-        return "its process is gone" if code is None else names.get(code, f"exit code {code}")
+        if self.manager:
+            code = await self.manager.provisioner.poll()
+            names = {-each: f"killed by {each.name}" for each in signal.Signals}
+            return None if code is None else names.get(code, f"exit code {code}")
+        address = self.client.ip, self.client.shell_port
+        for _ in range(3):  # its owner may be restarting it
+            try:
+                _, writer = await (
+                    asyncio.open_unix_connection("%s-%s" % address)
+                    if self.client.transport == "ipc" else asyncio.open_connection(*address))
+                return writer.close()
+            except (ConnectionRefusedError, FileNotFoundError):
+                await asyncio.sleep(0.5)
+        return "nothing listens at its address"
 
     def last_words(self):
         """What the process said on stderr at the end: it explains a failed start."""
@@ -681,22 +677,22 @@ class Kernel:
         self.disconnect()
         self.client, self.file_seen, self.session = client, seen, client.session.session
         client.session.unpack = undated
-        for channel in ("iopub", "shell", "control", "stdin"):
+        for channel in ("iopub", "shell", "control", "hb", "stdin"):
             if channel == "stdin":  # can be written to if, and only if, it is connected
                 client.context.immediate = True
             self.sockets[channel] = getattr(client, f"connect_{channel}")(client.session.bsession)
         del client.context.immediate
-        self.monitor = self.sockets["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.sockets["hb"].req_relaxed = True  # may ask again
+        self.sockets["monitor"] = self.sockets["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.widgets = Widgets(self.magics.shell, self.from_front_end)
         return True
 
     def disconnect(self):
-        if self.monitor:
+        if self.sockets:
             self.sockets["shell"].disable_monitor()
-        for each in (*self.sockets.values(), self.monitor, self.beat):
-            if each:
-                each.close(linger=0)
-        self.sockets, self.monitor, self.beat = {}, None, None
+        for each in self.sockets.values():
+            each.close(linger=200)  # milliseconds, for the shutdown_request
+        self.sockets = {}
 
     def send(self, channel, kind, content, **more):
         return self.client.session.send(self.sockets[channel], kind, content, **more)
@@ -707,24 +703,23 @@ class Kernel:
             msg_id = self.send("shell", kind, content, **more)["header"]["msg_id"]
         except Exception as error:  # a lone surrogate, say
             raise Failed(type(error).__name__, str(error)) from None
-        self.unanswered[msg_id] = kind
+        self.unanswered.append(msg_id)
         return Answer(self, msg_id)
 
     def listen(self, answer=None):
-        """Take in what has come, up to 100 messages a channel; says how many. What is not
-        signed by this kernel is as if it had never come."""
-        answer, self.heard = answer or Answer(self), 0
-        if self.monitor and self.monitor.poll(0):
-            self.monitor.recv_multipart()
-            self.broken = time.monotonic()
+        """Take in what has come, up to 100 messages a channel; says whether anything did. What
+        is not signed by this kernel tells no more than that it beats."""
+        answer, came = answer or Answer(self), None
         for channel, each in self.sockets.items():
             for _ in range(100):
                 if not each.get(zmq.EVENTS) & zmq.POLLIN:
                     break
+                came = self.heard = time.monotonic()
+                if channel == "monitor":
+                    self.broken = came
                 with contextlib.suppress(Exception):
                     answer.hear(channel, self.client.session.recv(each, copy=False)[1])
-                    self.heard += 1
-        return self.heard
+        return came
 
     def listen_on(self, seconds, answer=None):
         """Take in what comes, until nothing has come for so long; for a second at most."""
@@ -762,15 +757,14 @@ class Kernel:
     def tend(self):
         """Go on with a run in the background: in a notebook between the cells, with its output
         under this one; elsewhere, whoever waits for it does so."""
-        async def go_on(run, nap=0):
+        async def go_on(run):
             while run.steps and self.run is run:
                 if self.magics.lock.acquire(blocking=False):
                     try:
                         run.step()
                     finally:
                         self.magics.lock.release()
-                nap = 0 if self.heard else min(0.1, nap + 0.02)
-                await asyncio.sleep(nap)
+                await asyncio.sleep(0 if time.monotonic() - self.heard < 0.02 else 0.05)
             if self.run is run and run.since:  # nobody has dealt with its end
                 run.since = None
                 if run.failure:
@@ -805,7 +799,7 @@ class Answer:
         self.reply = self.outputs = None  # its content; data and buffers of our comm message
         self.question = self.failure = None
         self.error = None    # one that was published; the reply may repeat it
-        self.probes = set()  # later requests, whose answer tells that this one's was lost
+        self.probe = None    # a later request, whose answer tells that this one's was lost
         self.begun = self.interrupt_answered = False
 
     def fail(self, ename, evalue, traceback=()):
@@ -825,15 +819,14 @@ class Answer:
             elif channel == "shell" and self.reply is None:
                 if ours:
                     self.take(content)
-                elif msg_id in self.probes:
+                elif msg_id is not None and msg_id == self.probe:
                     self.reply = {}
                     self.fail("LostReplyError", "the connection broke, and the reply was lost; the "
                               "kernel has its state and is free")
             elif kind == "status":
                 self.begun = self.begun or ours
                 if content["execution_state"] == "idle" and msg_id in unanswered:
-                    while msg_id in unanswered:  # kernels work in order
-                        del unanswered[next(iter(unanswered))]
+                    del unanswered[:unanswered.index(msg_id) + 1]  # kernels work in order
             elif kind == "comm_msg" and "remote_exec" in dict(content["data"] or {}):
                 if ours and self.outputs is None:
                     self.outputs = content["data"]["remote_exec"], list(message["buffers"])
@@ -890,7 +883,7 @@ class Answer:
 
 BARRIER = "waits for the others"
 SILENCE = 1       # seconds without a message after which we ask whether the kernel lives
-HALF_SILENCE = 1  # seconds to wait for the other half of an answer, before we ask for it
+HALF_SILENCE = 0.3  # seconds to wait for the other half of an answer, before we ask for it
 ASK_AGAIN = 3     # seconds between two such questions
 HEARTBEAT = 2     # seconds of silence after which its heartbeat is asked
 NO_MESSAGE = 2    # seconds after which an interrupt that was not answered is sent as a signal
@@ -903,22 +896,22 @@ def request(kernel, kind, content, **more):
     code (protocol, "Kernel interrupt"); a second Ctrl-C leaves the kernel busy."""
     answer = kernel.ask(kind, content, **more)
     answer.reply = {} if kind.startswith("comm_") else None  # those have none
-    sent = heard = time.monotonic()
-    asked = probed = pinged = 0   # when it was asked whether it lives, and for its answer
-    dying = note = None           # the question whether it lives; what is told of the waiting
+    sent = kernel.heard = time.monotonic()
+    asked = probed = pinged = 0   # when it was asked whether it lives, for its answer, its beat
+    dying = typed = note = None   # whether it lives; the answer to its question; what is told
     hurry, interrupted, late = None, 0, False  # why it is interrupted, and since when
     asked_to_stop = False         # by an interrupt_request
-    typed = None                  # the answer to its question
     while True:
-        came = kernel.listen(answer)
-        if answer.reply is not None and not kernel.unanswered and (
-                not asked_to_stop or answer.interrupt_answered):
-            break
         if not kernel.sockets:
             raise Failed("ShutdownError", "the kernel was shut down")
+        if not kernel.language and kernel.connect():  # it starts, elsewhere than was known
+            answer = kernel.ask(kind, content)
+        came = kernel.listen(answer)
+        if answer.reply is not None and answer.msg_id not in kernel.unanswered and (
+                not asked_to_stop or answer.interrupt_answered):
+            break
         now = time.monotonic()
-        heard = now if came else heard
-        silent, broken = now - heard, kernel.broken > max(sent, probed)
+        silent, broken = now - kernel.heard, kernel.broken > max(sent, probed)
 
         # does it live?
         if dying is None and (kernel.exited or now - asked > ASK_AGAIN and (
@@ -926,33 +919,25 @@ def request(kernel, kind, content, **more):
             dying, asked = kernel.later(kernel.ended()), now
         if dying is not None and dying.done():
             kernel.death, dying = None if dying.exception() else dying.result(), None
-            if kernel.death:
-                kernel.listen_on(0.2, answer)
-                if answer.reply is not None and answer.msg_id not in kernel.unanswered:
-                    break
-                # what starts a kernel somewhere else may have told why it ended there
-                words = kernel.last_words() if kernel.client.transport != "ipc" else ""
-                raise Failed("DeadKernelError", f"the kernel died ({kernel.death}); " + (
-                    "the next cell that names it starts it anew" if kernel.manager else
-                    "it was not started here") + (words and f" [{words}]"))
+        if kernel.death and silent > 0.2:
+            # what starts a kernel somewhere else may have told why it ended there
+            words = kernel.last_words() if kernel.client.transport != "ipc" else ""
+            raise Failed("DeadKernelError", f"the kernel died ({kernel.death}); " + (
+                "the next cell that names it starts it anew" if kernel.manager else
+                "it was not started here") + (words and f" [{words}]"))
 
         # was the reply lost, or the idle status? The answer to a later request tells
-        half = (answer.reply is None) == (not kernel.unanswered)
-        patience = HALF_SILENCE * (1 if kind == "execute_request" else 0.2)
-        if (broken or half and silent > patience) and now - probed > ASK_AGAIN:
-            answer.probes.add(kernel.ask("kernel_info_request", {}).msg_id)
-            probed = now
+        half = (answer.reply is None) != (answer.msg_id in kernel.unanswered)
+        if (broken or half and silent > HALF_SILENCE) and now - probed > ASK_AGAIN:
+            answer.probe, probed = kernel.ask("kernel_info_request", {}).msg_id, now
 
         # does the network live? (protocol, "Heartbeat for kernels")
-        if kernel.beat and kernel.beat.poll(0):
-            kernel.beat, note, heard = kernel.beat.close(), None, now
-        elif silent > HEARTBEAT and not kernel.beat:
-            kernel.beat, pinged = kernel.client.connect_hb(), now
-            kernel.beat.linger = 0
-            kernel.beat.send(b"ping")
-        elif kernel.beat and now - pinged > HEARTBEAT:
-            note = "does not answer since " + time.strftime(
-                "%H:%M:%S", time.localtime(time.time() - silent))
+        if silent > HEARTBEAT and pinged < kernel.heard:
+            kernel.sockets["hb"].send(b"ping")
+            pinged = now
+        note = kernel.heard < pinged < now - HEARTBEAT and (
+            "does not answer since " + time.strftime("%H:%M:%S", time.localtime(
+                time.time() - silent))) or None
 
         # does it heed the interrupt? One that comes before the code has begun would be lost
         if hurry and not asked_to_stop and (answer.begun or now - interrupted > SILENCE):
@@ -965,7 +950,7 @@ def request(kernel, kind, content, **more):
             raise Failed("TimeoutError", f"{hurry.args[1]}, ignores the interrupt; -s replaces it")
         if typed is not None and kernel.sockets["stdin"].poll(0, zmq.POLLOUT):
             kernel.send("stdin", "input_reply", {"value": typed})
-            typed, heard = None, now
+            typed, kernel.heard = None, now
         if answer.question and came:
             kernel.listen_on(0.05, answer)  # what was printed before stands before
         try:
@@ -1006,7 +991,7 @@ def execute(kernel, code="", expression="", silent=True, **more):
 def start(kernel):
     """Have a kernel started, and learn what it is (protocol, "Kernel info"). Until it answers,
     its connection file is followed: a batch job may write there on which node it runs."""
-    magics, steps, answer = kernel.magics, None, None
+    magics = kernel.magics
     kernel.reset()
     kernel.loop = magics.loops["local"]
     try:
@@ -1027,22 +1012,19 @@ def start(kernel):
             kernel.stderr = tempfile.TemporaryFile("w+", errors="backslashreplace")
             kernel.launched = kernel.later(kernel.manager.start_kernel(
                 stdout=subprocess.DEVNULL, stderr=kernel.stderr))
-        while not answer:
-            if kernel.launched.done():
-                kernel.launched.result()
-                if kernel.connect():
-                    steps = request(kernel, "kernel_info_request", {})
-            try:
-                yield next(steps) if steps else None
-            except StopIteration as stop:
-                answer = stop.value
+        while not kernel.launched.done():
+            yield
+        kernel.launched.result()
+        while not kernel.connect():
+            yield
+        answer = yield from request(kernel, "kernel_info_request", {})
         while not kernel.sockets["stdin"].poll(0, zmq.POLLOUT):  # a question would be lost
             yield from request(kernel, "kernel_info_request", {})
         language = dict(answer.reply.get("language_info") or {})
         version = tuple(map(int, re.findall(r"\d+", str(language.get("version")))[:2]))
         if language.get("name") == "python":
             kernel.protocol = 5 if version >= (3, 8) else 4 if version >= (3, 4) else 2
-        kernel.language, kernel.checked = str(language.get("name")), time.monotonic()
+        kernel.language, kernel.broken = str(language.get("name")), 0
     except Exception as error:
         ename, cause = error.args[:2] if isinstance(error, Failed) else (
             type(error).__name__, str(error))
@@ -1286,7 +1268,7 @@ class Call(Driver):
         """All that one kernel goes through; at each BARRIER it waits for the others."""
         kernel.listen_on(0)  # what it printed since the last call
         # it may have ended, or been restarted by its owner, since it was seen to work
-        suspect = kernel.launched and (kernel.exited or kernel.broken > kernel.checked)
+        suspect = kernel.launched and (kernel.exited or kernel.broken)
         if self.replace:
             end = kernel.stop(seconds=None)
             while end and not end.done():
@@ -1310,7 +1292,7 @@ class Call(Driver):
                 if kernel.set_up and "True" not in str(answer.reply["user_expressions"]):
                     kernel.set_up = False
                     self.say(f"{kernel.name} was restarted by others; what it held is gone")
-                kernel.checked = time.monotonic()
+                kernel.broken = 0
             except Failed:
                 if not kernel.manager or not kernel.death:
                     raise

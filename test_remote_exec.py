@@ -347,7 +347,7 @@ WIDGETS = mock.MagicMock()
 def answer_without_kernel():
     """(answer, is it complete, function that has it hear a message)."""
     kernel = types.SimpleNamespace(
-        name="a", session="me", unanswered={"mine": "execute_request"},
+        name="a", session="me", unanswered=["mine"],
         screen=rx.Screen(InteractiveShell.instance(), True), widgets=WIDGETS)
     answer = rx.Answer(kernel, "mine")
 
@@ -2098,7 +2098,7 @@ def test_far_kernel(session, far_specs, name):
         pids = session.far.pid, pid_of(session, "far")
         os.kill(pids[1], 9)  # the second host shares this one's process table
         assert all(map(gone, pids))
-        assert session.magics.kernels["far"].monitor.poll(5000)  # the tunnel tells
+        assert session.magics.kernels["far"].sockets["monitor"].poll(5000)  # the tunnel tells
         session.ok("-k far -o x x = 5")
         assert "started anew" in session.err
     pid = pid_of(session, "far")
