@@ -548,13 +548,6 @@ class KernelNamespace:
 KERNEL = "_KernelNamespace__kernel"
 
 
-def undated(part):
-    """Part of a message, without its date, whose parsing takes half of jupyter_client's time."""
-    part = json.loads(part)
-    part.pop("date", None)
-    return part
-
-
 class Run:
     """What is done with a kernel, step by step, and what came of it."""
 
@@ -590,7 +583,7 @@ class Kernel:
         self.manager = self.client = self.launched = self.death = None  # attached: no manager
         self.language = self.protocol = None    # pickle's highest over there, if it is Python
         self.sockets, self.unanswered = {}, []  # by channel; the ids of requests, in order
-        self.file_seen = self.stderr = None     # state of the connection file that was read
+        self.file_seen, self.stderr = None, io.StringIO()  # the connection file that was read
         self.heard = self.broken = 0            # when something came; the connection broke
         self.set_up = False                     # is the remote side there
 
@@ -623,9 +616,8 @@ class Kernel:
                 await manager.cleanup_resources()
         if heeds:
             self.send("control", "shutdown_request", {"restart": False})
-        if launched:
-            self.disconnect()
-            self.reset()
+        self.disconnect()
+        self.reset()
         if launched and manager:
             self.magics.ends = [each for each in self.magics.ends if not each.done()]
             self.magics.ends.append(self.later(end()))
@@ -655,11 +647,10 @@ class Kernel:
         return "nothing listens at its address"
 
     def last_words(self):
-        """What the process said on stderr at the end: it explains a failed start."""
-        if not self.stderr:
-            return ""
-        self.stderr.seek(max(0, self.stderr.seek(0, os.SEEK_END) - 2000))
-        return " | ".join([line.strip() for line in self.stderr if line.strip()][-3:])
+        """What the process said on stderr at the end, in brackets: it explains a failed start."""
+        self.stderr.seek(0)
+        last = collections.deque(filter(None, map(str.strip, self.stderr)), 3)
+        return f" [{' | '.join(last)}]" if last else ""
 
     # its messages
 
@@ -676,7 +667,8 @@ class Kernel:
             return False
         self.disconnect()
         self.client, self.file_seen, self.session = client, seen, client.session.session
-        client.session.unpack = undated
+        client.session.unpack = lambda part: {  # parsing the date takes half of the time
+            key: value for key, value in json.loads(part).items() if key != "date"}
         for channel in ("iopub", "shell", "control", "hb", "stdin"):
             if channel == "stdin":  # can be written to if, and only if, it is connected
                 client.context.immediate = True
@@ -765,11 +757,10 @@ class Kernel:
                     finally:
                         self.magics.lock.release()
                 await asyncio.sleep(0 if time.monotonic() - self.heard < 0.02 else 0.05)
-            if self.run is run and run.since:  # nobody has dealt with its end
+            if self.run is run and run.since and run.failure:  # nobody has dealt with it
                 run.since = None
-                if run.failure:
-                    error = RemoteError({self.name: run.failure}, self.screen.labelled)
-                    self.magics.shell.showtraceback((RemoteError, error, None))
+                error = RemoteError({self.name: run.failure}, self.screen.labelled)
+                self.magics.shell.showtraceback((RemoteError, error, None))
         if self.screen.notebook:
             with contextlib.suppress(RuntimeError):  # a thread has no running loop
                 self.task = asyncio.get_running_loop().create_task(go_on(self.run))
@@ -800,10 +791,7 @@ class Answer:
         self.question = self.failure = None
         self.error = None    # one that was published; the reply may repeat it
         self.probe = None    # a later request, whose answer tells that this one's was lost
-        self.begun = self.interrupt_answered = False
-
-    def fail(self, ename, evalue, traceback=()):
-        self.failure = self.failure or Failure(ename, evalue, list(traceback))
+        self.begun, self.interrupt = False, None  # None: or answered; "wanted", "asked for"
 
     def hear(self, channel, message):
         """Take in a message. A malformed one is a failure, never an exception."""
@@ -813,16 +801,15 @@ class Answer:
             msg_id = parent.get("msg_id")
             ours = msg_id is not None and msg_id == self.msg_id
             if kind == "interrupt_reply":
-                self.interrupt_answered = True
+                self.interrupt = None
             elif kind == "input_request" and ours:
                 self.question = str(content["prompt"]), bool(content.get("password"))
             elif channel == "shell" and self.reply is None:
                 if ours:
                     self.take(content)
                 elif msg_id is not None and msg_id == self.probe:
-                    self.reply = {}
-                    self.fail("LostReplyError", "the connection broke, and the reply was lost; the "
-                              "kernel has its state and is free")
+                    self.reply, self.failure = {}, Failure("LostReplyError", (
+                        "the connection broke, the reply was lost; the kernel has its state"))
             elif kind == "status":
                 self.begun = self.begun or ours
                 if content["execution_state"] == "idle" and msg_id in unanswered:
@@ -833,21 +820,22 @@ class Answer:
             elif channel == "iopub" and parent.get("session") == self.kernel.session:
                 self.show(kind, content, ours, message)
         except Exception as error:
-            self.fail("ProtocolError", f"{channel} message: {type(error).__name__}: {error}")
+            self.failure = self.failure or Failure(
+                "ProtocolError", f"{channel} message: {type(error).__name__}: {error}")
 
     def take(self, reply):
         """The reply, and in it that of the expression which sends the outputs."""
-        self.reply = {}
+        self.reply = reply
         expressions = dict(reply.get("user_expressions") or {})
         for part in (reply, expressions.get("remote_exec") or {}):
             if part.get("status", "ok") != "ok":  # "aborted" has no more to say
-                self.fail(str(part.get("ename") or "AbortedError"), str(part.get(
-                    "evalue", "nothing ran, since another client's code failed before it")),
-                    map(str, part.get("traceback") or []))
+                self.failure = self.failure or Failure(
+                    str(part.get("ename", "AbortedError")), str(part.get(
+                        "evalue", "nothing ran, since another client's code failed before it")),
+                    [*map(str, part.get("traceback") or [])])
         for payload in reply.get("payload") or []:
             if payload.get("source") == "page":
                 page.page(payload["data"]["text/plain"])
-        self.reply = dict(reply)
 
     def show(self, kind, content, ours, message):
         """An output, in this session's notebook or terminal."""
@@ -885,7 +873,7 @@ BARRIER = "waits for the others"
 SILENCE = 1       # seconds without a message after which we ask whether the kernel lives
 HALF_SILENCE = 0.3  # seconds to wait for the other half of an answer, before we ask for it
 ASK_AGAIN = 3     # seconds between two such questions
-HEARTBEAT = 2     # seconds of silence after which its heartbeat is asked
+HEARTBEAT = 2     # seconds of silence after which its heartbeat is asked for, and then told
 NO_MESSAGE = 2    # seconds after which an interrupt that was not answered is sent as a signal
 HEEDLESS = 5      # seconds that late code has to heed its interrupt
 
@@ -898,17 +886,16 @@ def request(kernel, kind, content, **more):
     answer.reply = {} if kind.startswith("comm_") else None  # those have none
     sent = kernel.heard = time.monotonic()
     asked = probed = pinged = 0   # when it was asked whether it lives, for its answer, its beat
-    dying = typed = note = None   # whether it lives; the answer to its question; what is told
+    dying = typed = None          # whether it lives; the answer to its question
     hurry, interrupted, late = None, 0, False  # why it is interrupted, and since when
-    asked_to_stop = False         # by an interrupt_request
     while True:
         if not kernel.sockets:
             raise Failed("ShutdownError", "the kernel was shut down")
         if not kernel.language and kernel.connect():  # it starts, elsewhere than was known
             answer = kernel.ask(kind, content)
         came = kernel.listen(answer)
-        if answer.reply is not None and answer.msg_id not in kernel.unanswered and (
-                not asked_to_stop or answer.interrupt_answered):
+        replied, idle = answer.reply is not None, answer.msg_id not in kernel.unanswered
+        if replied and idle and answer.interrupt != "asked for":
             break
         now = time.monotonic()
         silent, broken = now - kernel.heard, kernel.broken > max(sent, probed)
@@ -924,26 +911,25 @@ def request(kernel, kind, content, **more):
             words = kernel.last_words() if kernel.client.transport != "ipc" else ""
             raise Failed("DeadKernelError", f"the kernel died ({kernel.death}); " + (
                 "the next cell that names it starts it anew" if kernel.manager else
-                "it was not started here") + (words and f" [{words}]"))
+                "it was not started here") + words)
 
         # was the reply lost, or the idle status? The answer to a later request tells
-        half = (answer.reply is None) != (answer.msg_id in kernel.unanswered)
-        if (broken or half and silent > HALF_SILENCE) and now - probed > ASK_AGAIN:
+        if (broken or replied != idle and silent > HALF_SILENCE) and now - probed > ASK_AGAIN:
             answer.probe, probed = kernel.ask("kernel_info_request", {}).msg_id, now
 
         # does the network live? (protocol, "Heartbeat for kernels")
         if silent > HEARTBEAT and pinged < kernel.heard:
             kernel.sockets["hb"].send(b"ping")
             pinged = now
-        note = kernel.heard < pinged < now - HEARTBEAT and (
-            "does not answer since " + time.strftime("%H:%M:%S", time.localtime(
-                time.time() - silent))) or None
+        note = f"does not answer since {time.ctime(time.time() - silent)[11:19]}" if (
+            kernel.heard < pinged < now - HEARTBEAT) else None
 
         # does it heed the interrupt? One that comes before the code has begun would be lost
-        if hurry and not asked_to_stop and (answer.begun or now - interrupted > SILENCE):
-            asked_to_stop = kernel.send("control", "interrupt_request", {})
-        if hurry and not answer.interrupt_answered and now - interrupted > NO_MESSAGE:
-            answer.interrupt_answered = True  # ipykernel before 6 heeds the signal alone
+        if answer.interrupt == "wanted" and (answer.begun or now - interrupted > SILENCE):
+            kernel.send("control", "interrupt_request", {})
+            answer.interrupt = "asked for"
+        if answer.interrupt and now - interrupted > NO_MESSAGE:
+            answer.interrupt = None  # ipykernel before 6 heeds the signal alone
             if kernel.manager:
                 kernel.later(kernel.manager.signal_kernel(signal.SIGINT))
         if late and now - interrupted > HEEDLESS:
@@ -965,15 +951,15 @@ def request(kernel, kind, content, **more):
             if answer.reply is None or error.args[0] == "KeyboardInterrupt":
                 # the limit is one for the code, not for the journey of the outputs
                 hurry, interrupted, late = error, now, error.args[0] == "TimeoutError"
-                answer.interrupt_answered, answer.question, asked_to_stop = False, None, False
+                answer.interrupt, answer.question = "wanted", None
 
     kernel.screen.finish(kernel.name)
-    ename, evalue, lines = answer.failure or ("", "", [])
+    ename, evalue, lines = answer.failure or (None, "", [])
     if late:
         ename, evalue = "TimeoutError", f"{hurry.args[1]}; interrupted"
     elif hurry and ename == "LostReplyError":  # the kernel never sent it
         ename, evalue = "KeyboardInterrupt", "stopped"
-    if ename:
+    if ename is not None:
         raise Failed(ename, evalue, lines or (answer.error or {}).get("traceback", []))
     answer.show_error()
     return answer
@@ -992,7 +978,7 @@ def start(kernel):
     """Have a kernel started, and learn what it is (protocol, "Kernel info"). Until it answers,
     its connection file is followed: a batch job may write there on which node it runs."""
     magics = kernel.magics
-    kernel.reset()
+    magics = kernel.magics
     kernel.loop = magics.loops["local"]
     try:
         magics.check_open_files()
@@ -1031,8 +1017,7 @@ def start(kernel):
         if ename == "TimeoutError" and kernel.client:
             cause += f"; nothing answers at {kernel.client.ip}, as its connection file has it"
         if ename != "KeyboardInterrupt":
-            cause = ": ".join(filter(None, (
-                "could not start", kernel.death or cause, kernel.last_words())))
+            cause = f"could not start: {kernel.death or cause}{kernel.last_words()}"
         raise Failed(ename, cause) from None
     finally:
         if not kernel.language:
