@@ -670,10 +670,8 @@ class Kernel:
         client.session.unpack = lambda part: {  # parsing the date takes half of the time
             key: value for key, value in json.loads(part).items() if key != "date"}
         for channel in ("iopub", "shell", "control", "hb", "stdin"):
-            if channel == "stdin":  # can be written to if, and only if, it is connected
-                client.context.immediate = True
+            client.context.immediate = channel == "stdin"  # writable only while it is connected
             self.sockets[channel] = getattr(client, f"connect_{channel}")(client.session.bsession)
-        del client.context.immediate
         self.sockets["hb"].req_relaxed = True  # may ask again
         self.sockets["monitor"] = self.sockets["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.widgets = Widgets(self.magics.shell, self.from_front_end)
