@@ -594,10 +594,9 @@ class Kernel:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def stop(self, seconds=2):
-        """Future of the end of the process, which jupyter_client sees to: a shutdown_request,
-        after half of the `seconds` (None: c.KernelManager.shutdown_wait_time) SIGTERM, in the
-        end SIGKILL. A busy one, which would not heed a request, gets SIGTERM at once: srun that
-        is killed would leave its job in the queue. An attached one is left alone: None."""
+        """Future of the end of the process: a shutdown_request, after half of the `seconds`
+        (None: c.KernelManager.shutdown_wait_time) SIGTERM, in the end SIGKILL. A busy one gets
+        SIGTERM at once, so that srun takes its job along. None for an attached one, left alone."""
         manager, launched, stderr = self.manager, self.launched, self.stderr
         heeds = manager and self.client and not self.unanswered
 
@@ -772,8 +771,7 @@ class Kernel:
             setattr(type(self.namespace), name, property(lambda _, name=name: self.collect(name)))
 
     def collect(self, name):
-        """The variable, when it has come. Raises the RemoteError that the run came to. Ctrl-C ends
-        only the waiting."""
+        """The variable, when it has come, or the run's RemoteError. Ctrl-C ends just the wait."""
         with self.magics.lock, Driver([self], self.screen) as driver:
             driver.phase(stopped=None)
         return vars(self.namespace)[name]
