@@ -632,8 +632,10 @@ class Kernel:
         """How the kernel ended, or None while it runs, as far as is known. May take long."""
         if self.manager:
             code = await self.manager.provisioner.poll()
+            if code is None or not self.exited:  # what is far may tell any code
+                return None if code is None else "its process is gone"
             names = {-each: f"killed by {each.name}" for each in signal.Signals}
-            return None if code is None else names.get(code, f"exit code {code}")
+            return names.get(code, f"exit code {code}")
         address = self.client.ip, self.client.shell_port
         for _ in range(3):  # its owner may be restarting it
             try:
