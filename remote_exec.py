@@ -649,7 +649,7 @@ class Kernel:
 
     def last_words(self):
         """What the process said on stderr at the end, in brackets: it explains a failed start."""
-        self.stderr.seek(0)
+        self.stderr.seek(max(0, self.stderr.seek(0, os.SEEK_END) - 2000))
         last = collections.deque(filter(None, map(str.strip, self.stderr)), 3)
         return f" [{' | '.join(last)}]" if last else ""
 
@@ -975,7 +975,6 @@ def execute(kernel, code="", expression="", silent=True, **more):
 def start(kernel):
     """Have a kernel started, and learn what it is (protocol, "Kernel info"). Until it answers,
     its connection file is followed: a batch job may write there on which node it runs."""
-    magics = kernel.magics
     magics = kernel.magics
     kernel.loop = magics.loops["local"]
     try:
