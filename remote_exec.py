@@ -222,7 +222,7 @@ def unpack(parts, frames, aside=None):
     process alone."""
     values, failures = {}, []
     options = {"encoding": "latin1"} if sys.version_info > (3,) else {}
-    untracked = {"trackfd": False} if sys.version_info >= (3, 13) else {}  # else each holds one
+    untracked = {"trackfd": False} if sys.version_info >= (3, 13) else {}  # holds no open file
 
     def back(number):
         if len(frames[number]):
@@ -292,8 +292,8 @@ REMOTE_SOURCE = (
     "import collections, contextlib, gc, io, mmap, os, pickle, sys, types\n"
     "from IPython import get_ipython\n"
     + re.search("(?ms)^IN_BAND.*(?=^REMOTE_SOURCE)", __loader__.get_source(__name__))[0]
-    + "if publish_all(get_ipython().kernel):\n"  # and its pause, for those that wait for no idle
-      "    get_ipython().kernel._execute_sleep = 0")
+    + "if publish_all(get_ipython().kernel):\n"
+      "    get_ipython().kernel._execute_sleep = 0")  # made for clients that don't wait for idle
 # makes the module, and adds `pickle` and `os` to the user's namespace and nothing else
 SETUP_CODE = (
     "import os, pickle\n"
@@ -705,9 +705,10 @@ class Kernel:
             for _ in range(100):
                 if not each.get(zmq.EVENTS) & zmq.POLLIN:
                     break
-                came = self.heard = time.monotonic()
                 if channel == "monitor":
-                    self.broken = came
+                    self.broken = time.monotonic()
+                else:
+                    came = self.heard = time.monotonic()
                 with contextlib.suppress(Exception):
                     answer.hear(channel, self.client.session.recv(each, copy=False)[1])
         return came
