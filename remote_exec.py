@@ -615,7 +615,7 @@ class Kernel:
                 await manager.cleanup_resources()
         if heeds:
             self.send("control", "shutdown_request", {"restart": False})
-        self.disconnect()
+        self.disconnect(linger=200)  # milliseconds, for that
         self.reset()
         if launched and manager:
             self.magics.ends = [each for each in self.magics.ends if not each.done()]
@@ -678,11 +678,11 @@ class Kernel:
         self.widgets = Widgets(self.magics.shell, self.from_front_end)
         return True
 
-    def disconnect(self):
+    def disconnect(self, linger=0):
         if self.sockets:
             self.sockets["shell"].disable_monitor()
         for each in self.sockets.values():
-            each.close(linger=200)  # milliseconds, for the shutdown_request
+            each.close(linger=linger)
         self.sockets = {}
 
     def send(self, channel, kind, content, **more):
