@@ -1358,6 +1358,8 @@ class RemoteExecMagics(Magics):
             %%remote_exec -k kernel1=py3:/data/run7,kernel2=far:/scratch -i filenames -o x,y
             x, y = __import__("numpy").loadtxt("{filenames}").T
 
+            plt.plot(kernel1.x, kernel1.y); plt.plot(kernel2.x, kernel2.y)
+
         Options come first, `--` ends them; the rest is code, taken verbatim.
 
         -k, --kernels NAME[=SPEC][:DIRECTORY],...
