@@ -893,7 +893,7 @@ def request(kernel, kind, content, **more):
         if not kernel.language and kernel.connect():  # it starts, elsewhere than was known
             answer = kernel.ask(kind, content)
         came = kernel.listen(answer)
-        replied, idle = answer.reply is not None, answer.msg_id not in kernel.unanswered
+        replied, idle = answer.reply is not None, not kernel.unanswered
         if replied and idle and answer.interrupt != "asked for":
             break
         now = time.monotonic()
