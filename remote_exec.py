@@ -176,8 +176,12 @@ def pack(names, namespace, protocol):
         return memo.copy() if len(names) > 1 else {}
 
     def mutable(value):  # what has no hash, or one by identity (torch's tensors: id())
-        return not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)) and (
-            type(value).__hash__ is None or hash(value) in (id(value), object.__hash__(value)))
+        if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+            return False
+        try:
+            return hash(value) in (id(value), object.__hash__(value))
+        except Exception:
+            return True
 
     with uncollected():
         for name in names:
@@ -723,9 +727,10 @@ class Kernel:
 
     def aside(self):
         """A directory for the large buffers of one request, if the kernel is here, too."""
-        near = self.manager and self.client.transport == "ipc" and self.protocol == 5
-        return tempfile.TemporaryDirectory(dir=self.magics.directory) if near else (
-            contextlib.nullcontext())
+        if self.manager and self.client.transport == "ipc" and self.protocol == 5:
+            with contextlib.suppress(OSError):  # somebody has cleaned up there
+                return tempfile.TemporaryDirectory(dir=self.magics.directory)
+        return contextlib.nullcontext()
 
     # what is done with it
 
@@ -829,7 +834,7 @@ class Answer:
         for part in (reply, expressions.get("remote_exec") or {}):
             if part.get("status", "ok") != "ok":  # "aborted" has no more to say
                 self.failure = self.failure or Failure(
-                    str(part.get("ename", "AbortedError")), str(part.get(
+                    str(part.get("ename", "AbortedError")) or "Error", str(part.get(
                         "evalue", "nothing ran, since another client's code failed before it")),
                     [*map(str, part.get("traceback") or [])])
         for payload in reply.get("payload") or []:
@@ -1451,7 +1456,8 @@ class RemoteExecMagics(Magics):
             ["-m", "ipykernel_launcher"], ["-m", "ipykernel"])
         if ipykernel and zmq.has("ipc") and not {"transport", "ip"} & set(users):
             folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"  # unix(7): short
-            self.directory = self.directory or tempfile.mkdtemp("", f"rexec-{self.pid}-", folder)
+            if not os.path.isdir(self.directory or ""):  # or somebody has cleaned up there
+                self.directory = tempfile.mkdtemp("", f"rexec-{self.pid}-", folder)
             ours = {"transport": "ipc", "ip": tempfile.mktemp(prefix="", dir=self.directory)}
         elif zmq.has("curve"):  # what an older jupyter_client has no use for, it ignores
             ours = {"transport_encryption": "auto"}

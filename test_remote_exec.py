@@ -614,11 +614,14 @@ def test_sharing_is_kept(session):
         "class Bad:\n    def __reduce__(self): return eval, ('[][1]',)\n"
         "class Tensor:\n    def __hash__(self): return id(self)\n"
         "weight = Tensor(); weights, optimizer = (weight,), (weight,)\n"
+        "class Odd:\n    def __hash__(self): return 1 / 0\n"
+        "odd = Odd(); odds = [odd]; pair = ([], odd)\n"
         "import numpy as np; shared = np.zeros(100000); one, two = [shared], [shared]"))
     for bad in ("1", "threading.Lock()", "Bad()"):
         vars(session.a).clear()
-        session.run(f"-k a -o figure,one,bad,axes,two,weights,optimizer bad = {bad}")
+        session.run(f"-k a -o figure,one,bad,axes,two,weights,optimizer,odd,odds,pair bad = {bad}")
         there = session.a
+        assert there.odds[0] is there.odd is there.pair[1]
         assert there.weights[0] is there.optimizer[0]
         assert there.figure.axes[0] is there.axes and there.one[0] is there.two[0]
         assert there.axes.lines[0].get_ydata().tolist() == [1, 2, 4]
@@ -714,6 +717,17 @@ def test_no_room_for_large_values(session):
     session.ok(f"-k a -o x {limit.format(100_000)}; import numpy as np; x = np.ones(1_000_000)")
     session.ok(f"-k a {limit.format(-1)}")
     assert session.a.x.sum() == 1_000_000
+
+
+def test_directory_that_is_gone(session):
+    """Somebody may clean up: values come by ZMQ, and what starts gets a new one."""
+    session.ok("-k c=python3 1;")
+    shutil.rmtree(session.magics.directory)
+    session.ns["large"] = np.ones(1_000_000)
+    session.ok("-k c -p large -o twice twice = 2 * large")
+    session.ok("-k d=python3 -p large -o twice twice = 2 * large")
+    assert session.c.twice.sum() == session.d.twice.sum() == 2_000_000
+    session.ok("-k a,b,c,d -s")  # the sockets of the older ones are gone, too
 
 
 def test_many_values(session):
@@ -1236,6 +1250,8 @@ def test_bash(session, spec):
     assert session.ok("-k shell=shell echo $((6*7))") == "42\n"
     for line in ("-k shell -o x x=1", "-k shell:/tmp ls", "-k shell -p press ls"):
         assert "bash" in session.misused(line)
+    assert session.fails("-k shell false")["shell"].evalue == "1"
+    assert session.error._render_traceback_() == ["Error: 1"]  # it names none
 
 
 # ---- the wire and its configuration ---------------------------------------
