@@ -725,9 +725,14 @@ class Kernel:
             pass
         self.screen.finish(self.name)
 
+    @property
+    def near(self):
+        """Whether it is on this machine, too, so that large buffers may go by files."""
+        return bool(self.manager and self.client.transport == "ipc" and self.protocol == 5)
+
     def aside(self):
-        """A directory for the large buffers of one request, if the kernel is here, too."""
-        if self.manager and self.client.transport == "ipc" and self.protocol == 5:
+        """A directory for large buffers, if it is near."""
+        if self.near:
             with contextlib.suppress(OSError):  # somebody has cleaned up there
                 return tempfile.TemporaryDirectory(dir=self.magics.directory)
         return contextlib.nullcontext()
@@ -738,6 +743,7 @@ class Kernel:
         """What the front end says to a widget goes to the kernel. As with a local widget,
         the notebook waits until it has dealt with that, but not for one that is busy."""
         lock, more = self.magics.lock, {key: message[key] for key in ("buffers", "metadata")}
+        run = self.run
         if self.sockets and not lock.acquire(blocking=False):  # a call is on, in another thread
             asyncio.get_running_loop().call_later(0.1, self.from_front_end, kind, message)
         elif self.sockets:
@@ -749,19 +755,21 @@ class Kernel:
                     with Driver([self], self.screen) as driver:
                         driver.drive()
             finally:
+                self.run = run  # its failure may not have been told
                 lock.release()
 
     def tend(self):
         """Go on with a run in the background: in a notebook between the cells, with its output
         under this one; elsewhere, whoever waits for it does so."""
-        async def go_on(run):
+        async def go_on(run, heard=0):
             while run.steps and self.run is run:
                 if self.magics.lock.acquire(blocking=False):
                     try:
                         run.step()
                     finally:
                         self.magics.lock.release()
-                await asyncio.sleep(0 if time.monotonic() - self.heard < 0.02 else 0.05)
+                came, heard = self.heard > heard, self.heard
+                await asyncio.sleep(0 if came else 0.05)
             if self.run is run and run.since and run.failure:  # nobody has dealt with it
                 run.since = None
                 error = RemoteError({self.name: run.failure}, self.screen.labelled)
@@ -774,9 +782,12 @@ class Kernel:
         """Have these attributes, and no others, wait for the run in the background."""
         for name in self.awaited:
             delattr(type(self.namespace), name)
-        self.awaited = names
-        for name in names:
-            setattr(type(self.namespace), name, property(lambda _, name=name: self.collect(name)))
+        self.awaited = [name for name in names if not hasattr(KernelNamespace, name)]
+        for name in self.awaited:
+            setattr(type(self.namespace), name, property(
+                lambda _, name=name: self.collect(name),
+                lambda own, value, name=name: vars(own).update({name: value}),
+                lambda own, name=name: vars(own).pop(name, None)))
 
     def collect(self, name):
         """The variable, when it has come, or the run's RemoteError. Ctrl-C ends just the wait."""
@@ -1027,11 +1038,10 @@ def start(kernel):
             kernel.stop()
 
 
-def push(kernel, directory, parts, frames):
+def push(kernel, directory, parts, frames, aside):
     """Have a Python kernel set up, its directory changed, and what is pushed taken there."""
-    with kernel.aside() as aside:
-        yield from execute(kernel, "" if kernel.set_up else SETUP_CODE, remote_call(
-            prepare, directory, parts, aside), buffers=set_aside(frames, aside))
+    yield from execute(kernel, "" if kernel.set_up else SETUP_CODE, remote_call(
+        prepare, directory, parts, aside), buffers=frames)
     kernel.set_up = True
 
 
@@ -1199,7 +1209,7 @@ class Call(Driver):
             raise UsageError("-b needs code, and no -t; -t in a call without code waits for it")
         values = {name: self.local(name, "i") for name in inputs}
         self.push = {name: self.local(name, "p") for name in pushes}
-        self.packed = {}  # what is pushed, by pickle protocol
+        self.packed = {}  # what is pushed, by pickle protocol and for those that are near
         for name, (spec, directory) in targets.items():
             kernel = magics.kernel(name, spec)
             spec = self.only_stops or magics.spec(kernel, spec, self.replace)
@@ -1227,15 +1237,18 @@ class Call(Driver):
         """All steps. Raises UsageError, RemoteError, KeyboardInterrupt."""
         patience = self.magics.startup_timeout
         late = Failed("TimeoutError", f"still busy after {self.timeout or 0:g} s")
-        with self:
+        with self, contextlib.ExitStack() as self.files:
             self.pack(pickle.HIGHEST_PROTOCOL)  # what can't go is told before anything is done
             for kernel in self.kernels:
                 self.magics.kernels[kernel.name] = kernel
                 kernel.screen = self.screen
-                kernel.wait_for([])
                 if self.replace or not kernel.run.since:
                     kernel.run = Run()
-            self.phase(self.timeout, late)  # what runs in the background
+            try:
+                self.phase(self.timeout, late)  # what runs in the background
+            finally:
+                for kernel in self.kernels:
+                    kernel.wait_for([])
             for kernel, plan in self.kernels.items():
                 kernel.run = Run(self.serve(kernel, *plan))
             self.phase(15 if self.replace else 1, Failed(
@@ -1301,7 +1314,7 @@ class Call(Driver):
             raise UsageError(f"{kernel.name} runs {kernel.language}: -o, -p and :DIRECTORY need a "
                              "Python kernel")
         if kernel.protocol and (directory or self.push or not kernel.set_up):
-            yield from push(kernel, directory, *self.pack(kernel.protocol))
+            yield from push(kernel, directory, *self.pack(kernel.protocol, kernel))
         yield BARRIER
 
         self.packed = self.push = None  # a run in the background keeps no objects alive
@@ -1315,13 +1328,21 @@ class Call(Driver):
         elif code.strip():
             yield from execute(kernel, code, silent=False)
 
-    def pack(self, protocol):
-        """(parts, frames) of what is pushed."""
+    def pack(self, protocol, kernel=None):
+        """(parts, frames, directory of the large ones, written once for all that are near) of
+        what is pushed."""
         if protocol not in self.packed:
-            *self.packed[protocol], failures = pack(list(self.push), self.push, protocol)
+            *packed, failures = pack(list(self.push), self.push, protocol)
             if failures:
                 raise UsageError(f"-p: can't pickle {failures[0][1]}")
-        return self.packed[protocol]
+            self.packed[protocol] = (*packed, None)
+        if not kernel or not kernel.near:
+            return self.packed[protocol]
+        if "near" not in self.packed:
+            parts, frames, _ = self.packed[protocol]
+            aside = self.files.enter_context(kernel.aside())
+            self.packed["near"] = parts, set_aside(frames, aside), aside
+        return self.packed["near"]
 
 
 # ---- the magic ------------------------------------------------------------

@@ -843,6 +843,24 @@ def test_background_failure(session, code, ename):
         assert session.a.marker == 0
 
 
+def test_background_names(session):
+    """Any name may be awaited, set and deleted meanwhile; a widget's move hides no failure."""
+    session.ok("-k a -o x,y x = y = 0")
+    session.ok("-k a -o x,y,__name__,__dict__,__doc__,__repr__ -b 1/0")
+    session.a.y = 3
+    del session.a.y
+    session.magics.kernels["a"].from_front_end("comm_msg", {
+        "content": {"comm_id": "none", "data": {}}, "buffers": [], "metadata": {}})
+    for _ in range(2):
+        with pytest.raises(rx.RemoteError, match="ZeroDivisionError"):
+            session.a.x  # noqa: B018
+    session.ok("-k a 1")
+    assert vars(session.a) == {"x": 0} and session.a.x == 0
+    session.ok("-k a -o __doc__ -b __doc__ = 'far'")
+    session.ok("-k a")
+    assert vars(session.a)["__doc__"] == "far" and "python3" in repr(session.a)
+
+
 def test_background_interrupted(session):
     """Ctrl-C ends the waiting by attribute alone; in a call it interrupts the run."""
     session.ok("-k a -i gate -o x -b {gate}; x = 7")
