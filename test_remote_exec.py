@@ -2066,6 +2066,8 @@ def test_killed_session_leaves_no_kernel():
     process.kill()
     process.communicate()
     assert gone(pid)
+    for left in pathlib.Path("/dev/shm").glob(f"rexec-{process.pid}-*"):
+        shutil.rmtree(left)
     before = files()
     done = ipython(*script(
         "%config RemoteExecMagics.startup_timeout = 5", "%remote_exec -k k=python3 print(6 * 7)",
