@@ -386,12 +386,12 @@ def substitute(code, name, values):
     pass. UsageError where a dict has no key `name`, or str() fails."""
     texts = {}
     for variable, value in values.items():
+        if isinstance(value, dict) and name not in value:
+            raise UsageError(f"-i: the dict {variable} has no key {name!r}")
         try:
             texts[variable] = str(value[name] if isinstance(value, dict) else value)
         except Exception as error:
-            fault = "the dict {} has no key {!r}" if isinstance(error, KeyError) else (
-                "str() of {} fails, for {}: {}")
-            raise UsageError("-i: " + fault.format(variable, name, error)) from None
+            raise UsageError(f"-i: str({variable}) fails: {error}") from None
     return re.sub(r"\{([^{}]+)\}", lambda match: texts.get(match[1], match[0]), code)
 
 
@@ -782,6 +782,7 @@ class Kernel:
         """Have these attributes, and no others, wait for the run in the background."""
         for name in self.awaited:
             delattr(type(self.namespace), name)
+        # (`__doc__`, `__dict__`: what each object has can't be replaced, and answers at once)
         self.awaited = [name for name in names if not hasattr(KernelNamespace, name)]
         for name in self.awaited:
             setattr(type(self.namespace), name, property(
@@ -1257,6 +1258,8 @@ class Call(Driver):
                 "TimeoutError", f"not ready after {patience:g} s "
                 "(c.RemoteExecMagics.startup_timeout)"), "starting", "not started")
             self.phase(self.timeout and max(self.timeout, patience), late, "preparing")
+            self.files.close()
+            self.packed = self.push = None  # the run keeps none of these alive
             if not self.background:
                 return self.phase(self.timeout, late)
             for kernel in self.kernels:
@@ -1317,7 +1320,6 @@ class Call(Driver):
             yield from push(kernel, directory, *self.pack(kernel.protocol, kernel))
         yield BARRIER
 
-        self.packed = self.push = None  # a run in the background keeps no objects alive
         if self.outputs:
             values, failures = yield from fetch(kernel, code, self.outputs)
             vars(kernel.namespace).update(values)
