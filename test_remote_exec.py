@@ -213,6 +213,17 @@ def opened():
     return len(os.listdir("/proc/self/fd")), threading.active_count(), len(files())
 
 
+def settled():
+    """What is `opened` when that has not changed for half a second: ZMQ connects beside us."""
+    seen = []
+
+    def at_rest():
+        seen.append(opened())
+        return len(seen) > 25 and len(set(seen[-25:])) == 1
+    until(at_rest)
+    return seen[-1]
+
+
 def no_more_than(before):
     """Whether there are, soon, no more `opened` than before: ZMQ closes its own beside us."""
     return until(lambda: all(map(operator.le, opened(), before)))
@@ -556,7 +567,7 @@ def test_reload(session):
     namespace = session.a
     session.ok("-k b -s")
     for _ in range(3):
-        before, pid = opened(), pid_of(session, "a")
+        pid, before = pid_of(session, "a"), settled()
         session.shell.extension_manager.reload_extension("remote_exec")
         assert gone(pid)
         session.ok("-k a=python3 -o n n = 3")
@@ -1417,7 +1428,7 @@ def test_the_file(tmp_path):
 # ---- fleets ---------------------------------------------------------------
 
 def test_starts_and_stops_leak_nothing(session):
-    before = opened()
+    before = settled()
     for _ in range(3):
         session.ok("-k c=python3,d=python3,e=python3,f=python3 1")
         session.ok("-k c,d,e,f -s")
