@@ -1274,8 +1274,9 @@ def test_slow_start(session, spec, told, tmp_path):
 
 # ---- other kernels than Python --------------------------------------------
 
-def test_bash(session, spec):
-    spec("shell", sys.executable, "-m", "bash_kernel", "-f", "{connection_file}", language="bash")
+def test_bash(session, spec, tmp_path):
+    spec("shell", sys.executable, "-m", "bash_kernel", "-f", "{connection_file}", language="bash",
+         env={"HOME": str(tmp_path)})  # what the shell does at its start there may take long
     assert session.ok("-k shell=shell echo $((6*7))") == "42\n"
     for line in ("-k shell -o x x=1", "-k shell:/tmp ls", "-k shell -p press ls"):
         assert "bash" in session.misused(line)
