@@ -707,8 +707,12 @@ def test_three_gigabytes():
 
 
 def test_large_values(session):
-    """They go beside ZMQ, both ways, among small ones, and leave nothing behind."""
+    """They go beside ZMQ, both ways, among small ones, and leave nothing behind; what is
+    pushed is one file for all kernels."""
     session.ns.update(large=np.arange(1e6), text=b"x" * 3_000_000, small=np.arange(9))
+    session.ok("-k a,b -p large -o mapped mapped = {line.split()[4] for line in "
+               "open('/proc/self/maps') if '/rexec-' in line}")  # by inode
+    assert session.a.mapped & session.b.mapped
     session.ok("-k a -p large,text,small there = [large, text, small, large * 2]")
     held = []
     for _ in range(2):
@@ -884,6 +888,20 @@ def test_background_interrupted(session):
     session.ok("-k a -b time.sleep(60)")
     assert session.fails("-k a -t 0.3")["a"].ename == "TimeoutError"
     session.ok("-k a 1")
+
+
+def test_background_in_threads(session):
+    """A variable is waited for, also while a call in another thread collects the run."""
+    session.ok("-k a -i gate -o x -b {gate}; x = 7")
+    seen = []
+    threads = [threading.Timer(0.5, lambda: seen.append(session.a.x)),
+               threading.Timer(1.5, session.open)]
+    for each in threads:
+        each.start()
+    session.ok("-k a")
+    for each in threads:
+        each.join()
+    assert seen == [7]
 
 
 def test_background_question(session, monkeypatch):
@@ -1820,9 +1838,10 @@ def test_notebook_background_display(notebook):
 
 
 def test_notebook_background_outputs(notebook):
-    """Are loaded when they come; the idle notebook uses next to no CPU."""
-    cell = notebook.start("%remote_exec -k k1 -o x,y -b import time; time.sleep(3); x = 7; "
-                          "y = b'y' * 10**6; print('over')")
+    """Are loaded when they come; even while it prints, the notebook uses little CPU."""
+    cell = notebook.start("%%remote_exec -k k1 -o x,y -b\nimport time\nfor i in range(300):\n"
+                          "    print(i); time.sleep(.01)\n"
+                          "x = 7; y = b'y' * 10**6; print('over')")
     notebook.end(cell)
     before = notebook.value("sum(__import__('os').times()[:2])")
     notebook.until(lambda: "over" in notebook.text(cell))
