@@ -48,7 +48,8 @@ from IPython.core.error import UsageError
 from IPython.core.magic import (
     Magics, line_cell_magic, magics_class, needs_local_scope, no_var_expand)
 from IPython.display import display
-from jupyter_client import AsyncKernelManager, KernelClient, find_connection_file
+from IPython.utils.path import filefind
+from jupyter_client import AsyncKernelManager, KernelClient
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_core.paths import jupyter_runtime_dir
 from traitlets import Float
@@ -150,6 +151,11 @@ def pickled(value, protocol, pickler_class):
     return [b"".join(chunks)] + buffers, pickler.memo
 
 
+def said(error):
+    """What an error says, also where its str() fails."""
+    return "".join(traceback.format_exception_only(type(error), error)).partition(": ")[2].strip()
+
+
 def pack(names, namespace, protocol):
     """(parts, frames, failures): the variables `names`, pickled.
 
@@ -189,14 +195,17 @@ def pack(names, namespace, protocol):
                 if name not in namespace:
                     raise NameError("name '%s' is not defined" % name)
                 memos[name] = add([name])
-            except Exception as error:
-                failures.append([type(error).__name__, "%s: %s" % (name, error)])
+            except (Exception, SystemExit) as error:  # pickling may run anything
+                failures.append([type(error).__name__, "%s: %s" % (name, said(error))])
         users = collections.Counter(key for memo in memos.values() for key in memo)
         together = [name for name, memo in memos.items() if any(
             users[key] > 1 and mutable(memo[key][1]) for key in memo)]
-        if together:
-            add(together)
-            parts.insert(0, parts.pop())
+        try:
+            if together:
+                add(together)
+                parts.insert(0, parts.pop())
+        except Exception:
+            pass  # each is there alone, too
     return parts, [frames[number] for number in sorted(frames)], failures
 
 
@@ -241,13 +250,13 @@ def unpack(parts, frames, aside=None):
                     if numbers[1:]:
                         options["buffers"] = list(map(back, numbers[1:]))
                     values.update(load(back(numbers[0]), options))
-            except (Exception, SystemExit) as error:  # unpickling may run anything
+            except (Exception, SystemExit) as error:  # so may unpickling
                 here = ["%s %s here" % (each, sys.modules[each].__version__)
                         for each in ("numpy", "pandas")
-                        if each in str(error) and each in sys.modules]
+                        if each in said(error) and each in sys.modules]
                 if len(names) == 1:
                     failures.append([type(error).__name__, "; ".join(
-                        ["%s can't be loaded: %s" % (names[0], error)] + here)])
+                        ["%s can't be loaded: %s" % (names[0], said(error))] + here)])
     return values, failures
 
 
@@ -293,7 +302,7 @@ def publish_all(kernel):
 
 # what stands above, taken once: this file may change while a session is open
 REMOTE_SOURCE = (
-    "import collections, contextlib, gc, io, mmap, os, pickle, sys, types\n"
+    "import collections, contextlib, gc, io, mmap, os, pickle, sys, traceback, types\n"
     "from IPython import get_ipython\n"
     + re.search("(?ms)^IN_BAND.*(?=^REMOTE_SOURCE)", __loader__.get_source(__name__))[0]
     + "if publish_all(get_ipython().kernel):\n"
@@ -391,7 +400,7 @@ def substitute(code, name, values):
         try:
             texts[variable] = str(value[name] if isinstance(value, dict) else value)
         except Exception as error:
-            raise UsageError(f"-i: str({variable}) fails: {error}") from None
+            raise UsageError(f"-i: str({variable}) fails: {error!r}") from None
     return re.sub(r"\{([^{}]+)\}", lambda match: texts.get(match[1], match[0]), code)
 
 
@@ -407,11 +416,15 @@ class Screen:
         self.bar = 0          # length of the line that a progress bar left open
         self.standing = None  # the status line, while there is one
 
+    def flush(self):
+        with contextlib.suppress(ValueError):  # it has been closed since
+            self.file.flush()
+
     def write(self, file, text):
         if not self.notebook:
             self.status("")
         if file is not self.file:
-            self.file.flush()
+            self.flush()
             self.file = file
         if self.bar:
             self.bar, text = 0, "\n" + text
@@ -589,6 +602,7 @@ class Kernel:
         self.sockets, self.unanswered = {}, []  # by channel; the ids of requests, in order
         self.file_seen, self.stderr = None, io.StringIO()  # the connection file that was read
         self.heard = self.broken = 0            # when something came; the connection broke
+        self.interrupting = 0                   # until when an interrupt may be answered
         self.set_up = False                     # is the remote side there
 
     # its process
@@ -730,12 +744,17 @@ class Kernel:
         """Whether it is on this machine, too, so that large buffers may go by files."""
         return bool(self.manager and self.client.transport == "ipc" and self.protocol == 5)
 
+    @contextlib.contextmanager
     def aside(self):
         """A directory for large buffers, if it is near."""
-        if self.near:
-            with contextlib.suppress(OSError):  # somebody has cleaned up there
-                return tempfile.TemporaryDirectory(dir=self.magics.directory)
-        return contextlib.nullcontext()
+        directory = None
+        with contextlib.suppress(OSError):  # somebody has cleaned up there
+            directory = tempfile.mkdtemp(dir=self.magics.directory) if self.near else None
+        try:
+            yield directory
+        finally:
+            if directory and os.getpid() == self.magics.pid:  # not a forked child
+                shutil.rmtree(directory, ignore_errors=True)
 
     # what is done with it
 
@@ -744,7 +763,9 @@ class Kernel:
         the notebook waits until it has dealt with that, but not for one that is busy."""
         lock, more = self.magics.lock, {key: message[key] for key in ("buffers", "metadata")}
         run = self.run
-        if self.sockets and not lock.acquire(blocking=False):  # a call is on, in another thread
+        if threading.current_thread() is not threading.main_thread():  # a subshell's, in order
+            self.magics.shell.kernel.io_loop.add_callback(self.from_front_end, kind, message)
+        elif self.sockets and not lock.acquire(blocking=False):  # a call is on, in another thread
             asyncio.get_running_loop().call_later(0.1, self.from_front_end, kind, message)
         elif self.sockets:
             try:
@@ -752,7 +773,8 @@ class Kernel:
                     self.ask(kind, message["content"], **more)
                 else:
                     self.run = Run(request(self, kind, message["content"], **more))
-                    with Driver([self], self.screen) as driver:
+                    with contextlib.suppress(KeyboardInterrupt), Driver(
+                            [self], self.screen) as driver:
                         driver.drive()
             finally:
                 self.run = run  # its failure may not have been told
@@ -791,10 +813,18 @@ class Kernel:
                 lambda own, name=name: vars(own).pop(name, None)))
 
     def collect(self, name):
-        """The variable, when it has come, or the run's RemoteError. Ctrl-C ends just the wait."""
-        with self.magics.lock, Driver([self], self.screen) as driver:
-            driver.phase(stopped=None)
-        return vars(self.namespace)[name]
+        """The variable, when it has come, or the run's RemoteError. Ctrl-C ends just the wait,
+        and another thread's wait holds up no call."""
+        run, main = self.run, threading.current_thread() is threading.main_thread()
+        while run.steps and not main and not isinstance(run.waits_for, tuple):
+            with self.magics.lock:
+                run.step()
+            time.sleep(0.05)
+        with self.magics.lock:
+            if self.run is run:
+                with Driver([self], self.screen) as driver:
+                    driver.phase(stopped=None)
+        return getattr(self.namespace, name)
 
 
 class Answer:
@@ -807,7 +837,7 @@ class Answer:
         self.question = self.failure = None
         self.error = None    # one that was published; the reply may repeat it
         self.probe = None    # a later request, whose answer tells that this one's was lost
-        self.begun, self.interrupt = False, None  # None: or answered; "wanted", "asked for"
+        self.begun = False
 
     def hear(self, channel, message):
         """Take in a message. A malformed one is a failure, never an exception."""
@@ -817,7 +847,7 @@ class Answer:
             msg_id = parent.get("msg_id")
             ours = msg_id is not None and msg_id == self.msg_id
             if kind == "interrupt_reply":
-                self.interrupt = None
+                self.kernel.interrupting = 0
             elif kind == "input_request" and ours:
                 self.question = str(content["prompt"]), bool(content.get("password"))
             elif channel == "shell" and self.reply is None:
@@ -851,7 +881,10 @@ class Answer:
                     [*map(str, part.get("traceback") or [])])
         for payload in reply.get("payload") or []:
             if payload.get("source") == "page":
-                page.page(payload["data"]["text/plain"])
+                if self.kernel.screen.labelled:  # a front end shows the last page only
+                    self.kernel.screen.display(self.kernel.name, "display_data", payload)
+                else:
+                    page.page(payload["data"]["text/plain"])
 
     def show(self, kind, content, ours, message):
         """An output, in this session's notebook or terminal."""
@@ -900,10 +933,12 @@ def request(kernel, kind, content, **more):
     code (protocol, "Kernel interrupt"); a second Ctrl-C leaves the kernel busy."""
     answer = kernel.ask(kind, content, **more)
     answer.reply = {} if kind.startswith("comm_") else None  # those have none
-    sent = kernel.heard = time.monotonic()
+    sent, kernel.death = time.monotonic(), None
+    kernel.heard = sent
     asked = probed = pinged = 0   # when it was asked whether it lives, for its answer, its beat
     dying = typed = None          # whether it lives; the answer to its question
     hurry, interrupted, late = None, 0, False  # why it is interrupted, and since when
+    wanted = False                # the interrupt is yet to be sent
     while True:
         if not kernel.sockets:
             raise Failed("ShutdownError", "the kernel was shut down")
@@ -911,9 +946,10 @@ def request(kernel, kind, content, **more):
             answer = kernel.ask(kind, content)
         came = kernel.listen(answer)
         replied, idle = answer.reply is not None, not kernel.unanswered
-        if replied and idle and answer.interrupt != "asked for":
-            break
         now = time.monotonic()
+        if replied and idle and now > kernel.interrupting:
+            kernel.interrupting = 0
+            break
         silent, broken = now - kernel.heard, kernel.broken > max(sent, probed)
 
         # does it live?
@@ -941,11 +977,11 @@ def request(kernel, kind, content, **more):
             kernel.heard < pinged < now - HEARTBEAT) else None
 
         # does it heed the interrupt? One that comes before the code has begun would be lost
-        if answer.interrupt == "wanted" and (answer.begun or now - interrupted > SILENCE):
+        if wanted and (answer.begun or now - interrupted > SILENCE):
             kernel.send("control", "interrupt_request", {})
-            answer.interrupt = "asked for"
-        if answer.interrupt and now - interrupted > NO_MESSAGE:
-            answer.interrupt = None  # ipykernel before 6 heeds the signal alone
+            wanted, kernel.interrupting = False, now + NO_MESSAGE
+        if hurry and 0 < kernel.interrupting < now:
+            kernel.interrupting = 0  # ipykernel before 6 heeds the signal alone
             if kernel.manager:
                 kernel.later(kernel.manager.signal_kernel(signal.SIGINT))
         if late and now - interrupted > HEEDLESS:
@@ -963,11 +999,12 @@ def request(kernel, kind, content, **more):
             if kind == "kernel_info_request":
                 raise
             if hurry and not late:
+                kernel.unanswered.append("")  # what the interrupt did: the next call asks
                 raise Failed("KeyboardInterrupt", "still busy, -s replaces") from None
             if answer.reply is None or error.args[0] == "KeyboardInterrupt":
                 # the limit is one for the code, not for the journey of the outputs
                 hurry, interrupted, late = error, now, error.args[0] == "TimeoutError"
-                answer.interrupt, answer.question = "wanted", None
+                wanted, answer.question = True, None
 
     kernel.screen.finish(kernel.name)
     ename, evalue, lines = answer.failure or (None, "", [])
@@ -1068,6 +1105,7 @@ class Driver:
     def __init__(self, kernels, screen):
         self.kernels, self.screen, self.previous = kernels, screen, None
         self.presses = self.heeded = 0
+        self.stopped = ""  # what Ctrl-C does to them; None: it ends the waiting alone
 
     def __enter__(self):
         with contextlib.suppress(ValueError):  # not the main thread: Ctrl-C doesn't come here
@@ -1087,13 +1125,15 @@ class Driver:
 
     def on_interrupt(self, signum, frame):
         self.presses += 1
-        if any(each.f_code in WORK_HERE for each, _ in traceback.walk_stack(frame)):
+        work = WORK_HERE & {each.f_code for each, _ in traceback.walk_stack(frame)}
+        if work and (self.stopped is not None or unpack.__code__ not in work):
             raise KeyboardInterrupt
 
     def drive(self, limit=None, late=None, doing="waiting for", stopped="stopped"):
         """Go on with the kernels until each is at the BARRIER, or done. Those that are not
         after `limit` seconds are thrown `late`, and at each Ctrl-C a failure that says
-        `stopped`; where that is None, it ends the waiting alone."""
+        `stopped`."""
+        self.stopped = stopped
         begin = told = stepped = time.monotonic()
         waiting = [kernel for kernel in self.kernels if kernel.run.steps]
         ready = waiting if self.presses == self.heeded else ()  # it came between two phases
@@ -1121,11 +1161,11 @@ class Driver:
             if not ready or time.monotonic() - stepped > 0.1:
                 stepped, ready = time.monotonic(), waiting
         self.screen.status("")
-        self.screen.file.flush()
+        self.screen.flush()
 
     def tell(self, waiting, doing, seconds):
         """Show what has been printed, and, after 3 s, who is waited for."""
-        self.screen.file.flush()
+        self.screen.flush()
         notes = [f"; {each.name} {each.run.waits_for}" for each in waiting
                  if isinstance(each.run.waits_for, str)]
         if seconds > 3 and (len(self.kernels) > 1 or notes or not waiting[0].language):
@@ -1147,7 +1187,7 @@ class Driver:
         ask = getpass.getpass if password else builtins.input
         try:
             self.screen.finish(kernel.name)
-            self.screen.file.flush()
+            self.screen.flush()
             return ask(label(kernel.name, prompt, self.screen.labelled) + prompt)
         except EOFError:
             return "\x04"
@@ -1225,7 +1265,8 @@ class Call(Driver):
             return re.split(r"\s*,\s*|\s+", value.strip())
         if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value):
             return value
-        raise UsageError(f"-k {text}: needs a string or a list of strings, not {value!r:.60}")
+        raise UsageError(f"-k {text}: needs a string or a list of strings, "
+                         f"not {type(value).__name__}")
 
     def local(self, name, option):
         """The value of a local variable: the caller's, else the user's."""
@@ -1243,6 +1284,8 @@ class Call(Driver):
             for kernel in self.kernels:
                 self.magics.kernels[kernel.name] = kernel
                 kernel.screen = self.screen
+                if self.replace:
+                    kernel.run.steps = None
                 if self.replace or not kernel.run.since:
                     kernel.run = Run()
             try:
@@ -1282,9 +1325,10 @@ class Call(Driver):
         elif kernel.unanswered and not suspect:  # what was given up must have ended by now
             try:
                 yield from request(kernel, "kernel_info_request", {})
-            except Failed:
-                raise UsageError(
-                    f"{kernel.name} is still busy; wait, or replace it with -s") from None
+            except Failed as error:
+                if error.args[0] != "LostReplyError":  # an interrupt may garble what is sent
+                    raise UsageError(
+                        f"{kernel.name} is still busy; wait, or replace it with -s") from None
         yield BARRIER
 
         if self.only_stops:
@@ -1336,7 +1380,7 @@ class Call(Driver):
         if protocol not in self.packed:
             *packed, failures = pack(list(self.push), self.push, protocol)
             if failures:
-                raise UsageError(f"-p: can't pickle {failures[0][1]}")
+                raise UsageError(f"-p: can't pickle {' '.join(failures[0][1].split())}")
             self.packed[protocol] = (*packed, None)
         if not kernel or not kernel.near:
             return self.packed[protocol]
@@ -1447,7 +1491,7 @@ class RemoteExecMagics(Magics):
             return kernel.spec
         if wanted.endswith(".json"):
             try:
-                found = find_connection_file(os.path.expanduser(wanted))
+                found = filefind(os.path.expanduser(wanted), [".", jupyter_runtime_dir()])
             except OSError:
                 raise UsageError(f"-k: there is no connection file {wanted!r}") from None
         else:

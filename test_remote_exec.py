@@ -39,7 +39,6 @@ from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from jupyter_client import BlockingKernelClient, KernelManager
-from jupyter_client.manager import start_new_kernel
 from jupyter_core.paths import jupyter_runtime_dir
 from traitlets.config import Config
 
@@ -448,12 +447,17 @@ def test_progress_bars_move():
     ("-k class", "class"), ("-k a, -o x", "''"), ("-k a -p lock 1", "lock"),
     ("-k a,b -s -p lock 1", "lock"), ("-k c=python3 -p lock 1", "lock"),
     ("-k a -b", "-b"), ("-k a -b -t 1 1", "-t"), ("-k a:/ -o x,1 1", "'1'"),
+    ("-k {grid} 1", "ndarray"), ("-k a -i mute 1", "mute"), ("-k a -p mute 1", "mute"),
+    ("-k q=.json 1", "'.json'"),
 ])
 def test_misuse(session, line, culprit):
     """Is refused before anything acts."""
-    session.shell.run_cell("class Proxy:\n    def __getattr__(self, name): return 1 / 0")
+    session.shell.run_cell("class Proxy:\n    def __getattr__(self, name): return 1 / 0\n"
+                           "class Mute:\n    def __str__(self): raise ValueError('two\\nlines')\n"
+                           "    __reduce__ = __str__")
     session.ns.pop("c", None)
-    session.ns.update(partial={"a": 1}, lock=threading.Lock(), proxy=session.Proxy())
+    session.ns.update(partial={"a": 1}, lock=threading.Lock(), proxy=session.Proxy(),
+                      grid=np.ones((2, 2)), mute=session.Mute())
     kernels = session.magics.kernels
 
     def state():
@@ -675,6 +679,25 @@ def test_each_output_alone(session, tmp_path):
     assert session.a.count == 1
 
 
+def test_odd_failures(session):
+    """What has no text, exits, or fails when it is pickled once more, is named, alone."""
+    failures = session.fails("-k a,b -o there,here,leaves,one,two,good", (
+        "class Mute(Exception):\n    def __str__(self): raise TypeError\n"
+        "class There:\n    def __reduce__(self): raise Mute\n"
+        "class Leaves:\n    def __reduce__(self): raise SystemExit\n"
+        "class Here:\n    def __reduce__(self):\n        return exec, ("
+        "'class Mute(Exception):\\n def __str__(self): raise TypeError\\nraise Mute',)\n"
+        "class Twice:\n    times = 0\n    def __reduce__(self):\n"
+        "        self.times += 1\n        if self.times > 2: raise MemoryError\n"
+        "        return int, ()\n"
+        "there, here, leaves, good = There(), Here(), Leaves(), 2\n"
+        "one = [Twice()]; two = one[:]"))
+    for culprit in ("there: ", "SystemExit: leaves: ", "Mute: here can't be loaded: "):
+        assert culprit in str(session.error)
+    assert list(failures) == ["a", "b"]
+    assert vars(session.a) == vars(session.b) == {"good": 2, "one": [0], "two": [0]}
+
+
 def test_garbage_collector(session):
     """Is off while pickling and loading, and on again whatever came of that."""
     session.ok("-k a", "import gc\nclass Here:\n    def __reduce__(self): return gc.isenabled, ()\n"
@@ -883,6 +906,11 @@ def test_background_interrupted(session):
         session.a.x  # noqa: B018
     session.open()
     assert session.a.x == 7
+    session.ok("-k a -o slow,y -b", "import time\nclass Slow:\n"  # to load
+               "    def __reduce__(self): return time.sleep, (1.5,)\nslow, y = Slow(), 3")
+    with pressing(0.5), pytest.raises(KeyboardInterrupt):
+        session.a.slow  # noqa: B018
+    assert session.a.y == 3 and session.a.slow is None
     session.ok("-k a -b import time; time.sleep(60)")
     assert session.interrupted("-k a 1", presses=[0.3]) == "a stopped"
     session.ok("-k a -b time.sleep(60)")
@@ -891,17 +919,38 @@ def test_background_interrupted(session):
 
 
 def test_background_in_threads(session):
-    """A variable is waited for, also while a call in another thread collects the run."""
-    session.ok("-k a -i gate -o x -b {gate}; x = 7")
+    """A variable is waited for, also while a call in another thread collects the run. Who
+    waits so holds up no other call, -s neither."""
     seen = []
-    threads = [threading.Timer(0.5, lambda: seen.append(session.a.x)),
-               threading.Timer(1.5, session.open)]
-    for each in threads:
-        each.start()
+
+    def waits(seconds=0):
+        thread = threading.Timer(seconds, lambda: seen.append(getattr(session.a, "x", None)))
+        thread.start()
+        return thread
+    session.ok("-k a -i gate -o x -b {gate}; x = 7")
+    threads = [waits(0.5), threading.Timer(1.5, session.open)]
+    threads[1].start()
     session.ok("-k a")
     for each in threads:
         each.join()
     assert seen == [7]
+    del session.a.x
+    session.ok("-k a -o x -b [__import__('time').sleep(.1) for _ in range(150)]; x = 1")
+    thread = waits()
+    time.sleep(0.5)
+    for line in ("-k b 1", "-k a -s"):
+        session.ok(line)
+        assert session.took < 10
+    thread.join()
+    assert seen == [7, None]
+
+
+def test_background_shown_in_a_file(session, tmp_path):
+    """Which is closed before the run has ended."""
+    with open(tmp_path / "shown", "w") as file, contextlib.redirect_stdout(file):
+        session.shell.run_line_magic("remote_exec", "-k a -o x -b print('far'); x = 1")
+    assert session.a.x == 1
+    session.ok("-k a 1")
 
 
 def test_background_question(session, monkeypatch):
@@ -1404,6 +1453,12 @@ def test_attached_kernel(session, transport, tmp_path):
         assert "not started here" in session.fails("-k far os._exit(3)")["far"].evalue
         restart()
         session.ok("-k far 1")
+        manager.shutdown_kernel(now=True, restart=True)
+        session.magics.kernels["far"].from_front_end("comm_msg", {  # a death that nobody tells
+            "content": {"comm_id": "none", "data": {}}, "buffers": [], "metadata": {}})
+        restart()
+        for _ in range(2):
+            session.ok("-k far import time; time.sleep(1)")
         manager.shutdown_kernel(now=True)
         assert "not started here" in session.fails("-k far 1")["far"].evalue
         assert session.took < 20
@@ -1634,7 +1689,12 @@ class Notebook:
     """A real local kernel, driven by a client as a notebook does."""
 
     def __init__(self):
-        self.manager, self.client = start_new_kernel(kernel_name="python3", cwd=str(HERE))
+        self.manager = KernelManager(  # no port that another one may take
+            kernel_name="python3", transport="ipc", ip=os.path.join(tempfile.mkdtemp(), "s"))
+        self.manager.start_kernel(cwd=str(HERE))
+        self.client = self.manager.blocking_client()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=60)
         self.log, self.answers = [], []  # all that it published; for its questions
         self.run("%load_ext remote_exec")
 
@@ -1693,12 +1753,17 @@ class Notebook:
         assert reply["ename"] == "KeyboardInterrupt"
         return reply["evalue"]
 
-    def move(self, widget, **state):
-        """What comes of a front end's move of a widget."""
+    def move(self, widget, subshell=None, **state):
+        """The id of a front end's move of a widget."""
         move = self.client.session.msg("comm_msg", {"comm_id": widget, "data": {
             "method": "update", "state": state, "buffer_paths": []}})
+        move["header"]["subshell_id"] = subshell
         self.client.shell_channel.send(move)
-        return self.end(move["header"]["msg_id"])
+        return move["header"]["msg_id"]
+
+    def moved(self, widget, *subshell, **state):
+        """What comes of it."""
+        return self.end(self.move(widget, *subshell, **state))
 
     def close(self):
         self.client.stop_channels()
@@ -1783,6 +1848,15 @@ def test_notebook_displays(notebook):
     ids = [each["transient"]["display_id"] for each in contents(messages, *kinds[:2])]
     assert len(ids) == 4 and len(set(ids)) == 2
     assert "gone" not in notebook.shown and "[k1] there\n" in notebook.shown
+
+
+def test_notebook_help(notebook):
+    """One kernel's page is a page; of several, all show."""
+    reply, _ = notebook.run("%%remote_exec -k k1\nprint?")
+    assert "sys.stdout" in str(reply["payload"])
+    _, messages = notebook.run("%%remote_exec -k k1,k2\nprint?")
+    assert len(contents(messages, "display_data")) == 2
+    assert "[k1]" in notebook.shown and "[k2]" in notebook.shown
 
 
 def test_notebook_status_line(notebook):
@@ -1905,7 +1979,7 @@ def test_widget_moves(notebook, callback):
         kinds = ("stream", "display_data", "comm_msg", "error")
         return [(each["msg_type"], each["content"].get("comm_id") == label, [
             each["content"].get(key) for key in ("text", "ename", "data")])
-            for each in notebook.move(slider, value=5) if each["msg_type"] in kinds]
+            for each in notebook.moved(slider, value=5) if each["msg_type"] in kinds]
     widgets(notebook, "k1", code)
     far = moved(*notebook.value("k1.ids"))
     notebook.run(f"import ipywidgets as w\n{code}")
@@ -1913,6 +1987,37 @@ def test_widget_moves(notebook, callback):
     assert far == near or "ZeroDivisionError" in str(far) and "ZeroDivisionError" in str(near)
     notebook.run("%remote_exec -k k1 -o value value = slider.value")
     assert notebook.value("k1.value") == 5
+
+
+@newest  # ipykernel 7 has subshells
+def test_widget_moves_of_a_subshell(notebook):
+    """So JupyterLab sends them: they stay in order, and one without end can be stopped."""
+    notebook.client.control_channel.send(
+        notebook.client.session.msg("create_subshell_request", {}))
+    subshell = notebook.client.get_control_msg(timeout=30)["content"]["subshell_id"]
+    widgets(notebook, "k1", (
+        "slider, seen = w.IntSlider(), []\ndef moved(change):\n    seen.append(change.new)\n"
+        "    while change.new == 99: __import__('time').sleep(.1)\n"
+        "slider.observe(moved, 'value'); ids = slider.model_id"))
+    slider = notebook.value("k1.ids")
+    for value in (1, 2):  # the first one after a cell goes another way
+        notebook.moved(slider, subshell, value=value)
+    cell = notebook.start("%remote_exec -k k2 import time; time.sleep(1.5); print('over')")
+    for value in range(3, 20):
+        notebook.moved(slider, subshell, value=value)
+        time.sleep(0.03)
+    notebook.until(lambda: notebook.text(cell))
+    notebook.moved(slider, subshell, value=20)
+    notebook.run("%remote_exec -k k1 -o seen")
+    assert notebook.value("k1.seen") == [*range(1, 21)]
+    for value in (1, 2, 99):
+        move = notebook.move(slider, subshell, value=value)
+    notebook.until(lambda: notebook.under(move, "status"))
+    time.sleep(0.3)
+    notebook.manager.interrupt_kernel()
+    assert notebook.run("%remote_exec -k k2 print(1)")[0]["status"] == "ok"
+    notebook.run("%remote_exec -k k1 -o seen")
+    assert notebook.value("k1.seen[-1]") == 99
 
 
 def caught(messages):
@@ -1945,7 +2050,7 @@ def test_interact(notebook):
     models = {each["data"]["state"]["_model_name"]: each["comm_id"]
               for each in contents(messages, "comm_open")}
     assert caught(messages) == [("x = 4", models["OutputModel"])]
-    assert caught(notebook.move(models["IntSliderModel"], value=7)) == [
+    assert caught(notebook.moved(models["IntSliderModel"], value=7)) == [
         ("x = 7", models["OutputModel"])]
 
 
@@ -1956,7 +2061,7 @@ def test_linked_widgets(notebook):
         "w.link((play, 'value'), (slider, 'value'))"))
     play, slider = notebook.value("k1.ids")
     for value in (1, 2, 3):
-        assert [each["content"]["data"]["state"]["value"] for each in notebook.move(
+        assert [each["content"]["data"]["state"]["value"] for each in notebook.moved(
             play, value=value) if each["content"].get("comm_id") == slider] == [value]
 
 
@@ -1967,7 +2072,7 @@ def test_widgets_of_the_gone(notebook):
     os.kill(pid, signal.SIGKILL)
     assert gone(pid)
     for _ in range(2):
-        assert {each["msg_type"] for each in notebook.move(slider, value=5)} <= {
+        assert {each["msg_type"] for each in notebook.moved(slider, value=5)} <= {
             "status", "comm_msg"}  # an echo
         notebook.run("%remote_exec -k k2 -s")
 
@@ -1978,7 +2083,7 @@ def test_widgets_of_the_busy(notebook):
     slider = notebook.value("k1.ids")
     cell = notebook.start("%remote_exec -k k1 -b import time; time.sleep(2); print('free')")
     notebook.end(cell)
-    notebook.move(slider, value=9)
+    notebook.moved(slider, value=9)
     assert "free" not in notebook.text(cell)
     notebook.run("%remote_exec -k k1 -o value value = slider.value")
     assert notebook.value("k1.value") == 9
@@ -2079,13 +2184,16 @@ def test_script_and_its_end(tmp_path):
 def test_forked_child_touches_nothing():
     done = ipython(*script(
         "%remote_exec -k k=python3 x = 8",
-        "import atexit, os, sys, multiprocessing", "sys.stdout.flush()", "pid = os.fork()",
+        "import atexit, glob, os, sys, time, multiprocessing",
+        "%remote_exec -k k -o large -b large = b'x' * 2**24",
+        "while not glob.glob(f'/dev/shm/rexec-{os.getpid()}-*/*/0'): time.sleep(.1)",
+        "sys.stdout.flush()", "pid = os.fork()",
         "if pid == 0:  # IPython's own exit function empties the namespace",
         "    (lambda run, end: (run(), end(0)))(atexit._run_exitfuncs, os._exit)",
         "_ = os.waitpid(pid, 0)",
         "w = multiprocessing.get_context('fork').Process(target=print, args=('worker',))",
-        "w.start(); w.join()", "%remote_exec -k k -o x", "print(k.x)"))
-    assert done.stdout == "worker\n8\n", done
+        "w.start(); w.join()", "%remote_exec -k k -o x", "print(k.x, len(k.large))"))
+    assert done.stdout == f"worker\n8 {2**24}\n", done
 
 
 def test_killed_session_leaves_no_kernel():
