@@ -597,7 +597,8 @@ class Kernel:
 
     def reset(self):
         """There is no process."""
-        self.manager = self.client = self.launched = self.death = None  # attached: no manager
+        self.manager = self.client = self.launched = None  # attached: no manager
+        self.death = self.dying = None          # how it ended, if it did; the future of that
         self.language = self.protocol = None    # pickle's highest over there, if it is Python
         self.sockets, self.unanswered = {}, []  # by channel; the ids of requests, in order
         self.file_seen, self.stderr = None, io.StringIO()  # the connection file that was read
@@ -933,10 +934,10 @@ def request(kernel, kind, content, **more):
     code (protocol, "Kernel interrupt"); a second Ctrl-C leaves the kernel busy."""
     answer = kernel.ask(kind, content, **more)
     answer.reply = {} if kind.startswith("comm_") else None  # those have none
-    sent, kernel.death = time.monotonic(), None
-    kernel.heard = sent
+    sent = kernel.heard = time.monotonic()
+    kernel.death = kernel.manager and kernel.death  # an attached one may live again
     asked = probed = pinged = 0   # when it was asked whether it lives, for its answer, its beat
-    dying = typed = None          # whether it lives; the answer to its question
+    typed = None                  # the answer to its question
     hurry, interrupted, late = None, 0, False  # why it is interrupted, and since when
     wanted = False                # the interrupt is yet to be sent
     while True:
@@ -953,11 +954,12 @@ def request(kernel, kind, content, **more):
         silent, broken = now - kernel.heard, kernel.broken > max(sent, probed)
 
         # does it live?
-        if dying is None and (kernel.exited or now - asked > ASK_AGAIN and (
+        if kernel.dying is None and (kernel.exited or now - asked > ASK_AGAIN and (
                 silent > SILENCE or broken)):
-            dying, asked = kernel.later(kernel.ended()), now
-        if dying is not None and dying.done():
-            kernel.death, dying = None if dying.exception() else dying.result(), None
+            kernel.dying, asked = kernel.later(kernel.ended()), now
+        if kernel.dying is not None and kernel.dying.done():  # some tell it once only
+            kernel.death = kernel.death or not kernel.dying.exception() and kernel.dying.result()
+            kernel.dying = None
         if kernel.death and silent > 0.2:
             # what starts a kernel somewhere else may have told why it ended there
             words = kernel.last_words() if kernel.client.transport != "ipc" else ""
@@ -1315,7 +1317,7 @@ class Call(Driver):
         """All that one kernel goes through; at each BARRIER it waits for the others."""
         kernel.listen_on(0)  # what it printed since the last call
         # it may have ended, or been restarted by its owner, since it was seen to work
-        suspect = kernel.launched and (kernel.exited or kernel.broken)
+        suspect = kernel.launched and (kernel.exited or kernel.broken or kernel.death)
         if self.replace:
             end = kernel.stop(seconds=None)
             while end and not end.done():
