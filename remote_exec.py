@@ -16,6 +16,7 @@ import builtins
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import gc
 import getopt
 import getpass
@@ -38,7 +39,6 @@ import time
 import traceback
 import types
 import unicodedata
-import uuid
 from typing import NamedTuple
 
 import zmq.asyncio
@@ -315,11 +315,6 @@ SETUP_CODE = (
     "__import__('types').ModuleType('_remote_exec')).__dict__)")
 
 
-def remote_call(function, *arguments):
-    """Expression that calls a function of the remote side, in any Python."""
-    return f"__import__('_remote_exec').{function.__name__}{arguments!r}"
-
-
 # ---- the line -------------------------------------------------------------
 
 SHORT, LONG = "k:o:i:p:t:sbl", ["kernels=", "output=", "input=", "push=", "timeout=",
@@ -439,19 +434,15 @@ class Screen:
             return self.write(file, text)
         *lines, rest = re.sub(r"(?m)^.*\r(?=[^\r\n])", "\r",  # what is overwritten
                               self.unfinished.pop((name, stream), "") + text).split("\n")
-        for line in lines:
-            self.line(file, name, line.strip("\r"), "\n")
-        bar = rest.strip("\r")
+        shown, bar = [(line.strip("\r"), "\n") for line in lines], rest.strip("\r")
         if bar:
             self.unfinished[name, stream] = rest
         if bar and bar != rest:
-            self.line(file, name, bar, "\r")
-
-    def line(self, file, name, text, end):
-        """A whole line, in place of a progress bar's that may stand there."""
-        text, self.bar = f"[{name}] {text}".ljust(self.bar), 0
-        self.write(file, text + end)
-        self.bar = len(text) if end == "\r" else 0
+            shown.append((bar, "\r"))
+        for line, end in shown:  # in place of a bar's that may stand there
+            line, self.bar = f"[{name}] {line}".ljust(self.bar), 0
+            self.write(file, line + end)
+            self.bar = len(line) if end == "\r" else 0
 
     def finish(self, name):
         """Show the unfinished lines of a kernel: what comes next isn't theirs."""
@@ -604,7 +595,7 @@ class Kernel:
         self.file_seen, self.stderr = None, io.StringIO()  # the connection file that was read
         self.heard = self.broken = 0            # when something came; the connection broke
         self.interrupting = 0                   # until when an interrupt may be answered
-        self.set_up = False                     # is the remote side there
+        self.near = False                       # may large buffers go by files
 
     # its process
 
@@ -739,23 +730,6 @@ class Kernel:
                 self.listen(answer) or self.sockets["iopub"].poll(seconds * 1000)):
             pass
         self.screen.finish(self.name)
-
-    @property
-    def near(self):
-        """Whether it is on this machine, too, so that large buffers may go by files."""
-        return bool(self.manager and self.client.transport == "ipc" and self.protocol == 5)
-
-    @contextlib.contextmanager
-    def aside(self):
-        """A directory for large buffers, if it is near."""
-        directory = None
-        with contextlib.suppress(OSError):  # somebody has cleaned up there
-            directory = tempfile.mkdtemp(dir=self.magics.directory) if self.near else None
-        try:
-            yield directory
-        finally:
-            if directory and os.getpid() == self.magics.pid:  # not a forked child
-                shutil.rmtree(directory, ignore_errors=True)
 
     # what is done with it
 
@@ -1020,11 +994,13 @@ def request(kernel, kind, content, **more):
     return answer
 
 
-def execute(kernel, code="", expression="", silent=True, **more):
-    """A request that executes code and then an expression (protocol, "Execute")."""
+def execute(kernel, code, function=None, *arguments, silent=True, **more):
+    """A request that executes code and then calls a function of the remote side, as an
+    expression that any Python reads (protocol, "Execute")."""
+    call = function and f"__import__('_remote_exec').{function.__name__}{arguments!r}"
     return request(kernel, "execute_request", {
         "code": code, "silent": silent, "store_history": not silent,
-        "user_expressions": {"remote_exec": expression} if expression else {},
+        "user_expressions": {"remote_exec": call} if call else {},
         "allow_stdin": getattr(getattr(kernel.magics.shell, "kernel", None), "_allow_stdin", True),
         "stop_on_error": False}, **more)
 
@@ -1047,7 +1023,7 @@ def start(kernel):
                 config=magics.connection_config(spec),
                 log=logging.Logger("remote_exec", logging.CRITICAL + 1),  # to nowhere
                 context=zmq.asyncio.Context.shadow(magics.context.underlying),
-                connection_file=os.path.join(jupyter_runtime_dir(), f"kernel-{uuid.uuid4()}.json"))
+                connection_file=tempfile.mktemp(".json", "kernel-", jupyter_runtime_dir()))
             # here a kernel's own output would show a second time, and unlabelled
             kernel.stderr = tempfile.TemporaryFile("w+", errors="backslashreplace")
             kernel.launched = kernel.later(kernel.manager.start_kernel(
@@ -1064,6 +1040,9 @@ def start(kernel):
         version = tuple(map(int, re.findall(r"\d+", str(language.get("version")))[:2]))
         if language.get("name") == "python":
             kernel.protocol = 5 if version >= (3, 8) else 4 if version >= (3, 4) else 2
+            kernel.near = kernel.protocol == 5 and kernel.client.transport == "ipc" and bool(
+                kernel.manager)
+            yield from execute(kernel, SETUP_CODE)
         kernel.language, kernel.broken = str(language.get("name")), 0
     except Exception as error:
         ename, cause = error.args[:2] if isinstance(error, Failed) else (
@@ -1078,18 +1057,11 @@ def start(kernel):
             kernel.stop()
 
 
-def push(kernel, directory, parts, frames, aside):
-    """Have a Python kernel set up, its directory changed, and what is pushed taken there."""
-    yield from execute(kernel, "" if kernel.set_up else SETUP_CODE, remote_call(
-        prepare, directory, parts, aside), buffers=frames)
-    kernel.set_up = True
-
-
 def fetch(kernel, code, names):
     """Execute code and bring variables back; returns ({name: value}, failures)."""
-    with kernel.aside() as aside:
-        answer = yield from execute(kernel, code, remote_call(
-            send, names, kernel.protocol, not kernel.manager, aside), silent=not code.strip())
+    with kernel.magics.aside(kernel.near) as aside:
+        answer = yield from execute(kernel, code, send, names, kernel.protocol,
+                                    not kernel.manager, aside, silent=not code.strip())
         if answer.outputs is None:
             raise Failed("LostReplyError", "the outputs were lost; fetch them without code")
         (parts, failures), frames = answer.outputs
@@ -1252,7 +1224,7 @@ class Call(Driver):
             raise UsageError("-b needs code, and no -t; -t in a call without code waits for it")
         values = {name: self.local(name, "i") for name in inputs}
         self.push = {name: self.local(name, "p") for name in pushes}
-        self.packed = {}  # what is pushed, by pickle protocol and for those that are near
+        self.packed = functools.lru_cache(None)(self.pack)
         for name, (spec, directory) in targets.items():
             kernel = magics.kernel(name, spec)
             spec = self.only_stops or magics.spec(kernel, spec, self.replace)
@@ -1282,7 +1254,7 @@ class Call(Driver):
         patience = self.magics.startup_timeout
         late = Failed("TimeoutError", f"still busy after {self.timeout or 0:g} s")
         with self, contextlib.ExitStack() as self.files:
-            self.pack(pickle.HIGHEST_PROTOCOL)  # what can't go is told before anything is done
+            self.packed(pickle.HIGHEST_PROTOCOL, False)  # what can't go is told first
             for kernel in self.kernels:
                 self.magics.kernels[kernel.name] = kernel
                 kernel.screen = self.screen
@@ -1337,17 +1309,17 @@ class Call(Driver):
             return
         if suspect and not self.replace:
             try:
-                answer = yield from execute(
-                    kernel, expression="'_remote_exec' in __import__('sys').modules")
-                if kernel.set_up and "True" not in str(answer.reply["user_expressions"]):
-                    kernel.set_up = False
+                yield from execute(kernel, "__import__('_remote_exec')" if kernel.protocol else "")
+            except Failed as error:
+                if "_remote_exec" in error.args[1]:
                     self.say(f"{kernel.name} was restarted by others; what it held is gone")
-                kernel.broken = 0
-            except Failed:
-                if not kernel.manager or not kernel.death:
+                    yield from execute(kernel, SETUP_CODE)
+                elif kernel.manager and kernel.death:
+                    self.say(f"{kernel.name} had died ({kernel.death}) and is started anew")
+                    kernel.stop()
+                else:
                     raise
-                self.say(f"{kernel.name} had died ({kernel.death}) and is started anew")
-                kernel.stop()
+            kernel.broken = 0
         kernel.spec = spec
         if not kernel.launched:
             try:
@@ -1362,8 +1334,9 @@ class Call(Driver):
         if kernel.protocol is None and (directory or self.push or self.outputs):
             raise UsageError(f"{kernel.name} runs {kernel.language}: -o, -p and :DIRECTORY need a "
                              "Python kernel")
-        if kernel.protocol and (directory or self.push or not kernel.set_up):
-            yield from push(kernel, directory, *self.pack(kernel.protocol, kernel))
+        if directory or self.push:
+            parts, frames, aside = self.packed(kernel.protocol, kernel.near)
+            yield from execute(kernel, "", prepare, directory, parts, aside, buffers=frames)
         yield BARRIER
 
         if self.outputs:
@@ -1376,21 +1349,17 @@ class Call(Driver):
         elif code.strip():
             yield from execute(kernel, code, silent=False)
 
-    def pack(self, protocol, kernel=None):
-        """(parts, frames, directory of the large ones, written once for all that are near) of
-        what is pushed."""
-        if protocol not in self.packed:
-            *packed, failures = pack(list(self.push), self.push, protocol)
-            if failures:
-                raise UsageError(f"-p: can't pickle {' '.join(failures[0][1].split())}")
-            self.packed[protocol] = (*packed, None)
-        if not kernel or not kernel.near:
-            return self.packed[protocol]
-        if "near" not in self.packed:
-            parts, frames, _ = self.packed[protocol]
-            aside = self.files.enter_context(kernel.aside())
-            self.packed["near"] = parts, set_aside(frames, aside), aside
-        return self.packed["near"]
+    def pack(self, protocol, near):
+        """(parts, frames, directory of those that are large, for who is near) of what is
+        pushed."""
+        if near:
+            parts, frames, _ = self.packed(protocol, False)
+            aside = self.files.enter_context(self.magics.aside(near))
+            return parts, set_aside(frames, aside), aside
+        parts, frames, failures = pack(list(self.push), self.push, protocol)
+        if failures:
+            raise UsageError(f"-p: can't pickle {' '.join(failures[0][1].split())}")
+        return parts, frames, None
 
 
 # ---- the magic ------------------------------------------------------------
@@ -1531,6 +1500,18 @@ class RemoteExecMagics(Magics):
         elif zmq.has("curve"):  # what an older jupyter_client has no use for, it ignores
             ours = {"transport_encryption": "auto"}
         return Config(self.shell.config, KernelManager={**ours, **users})
+
+    @contextlib.contextmanager
+    def aside(self, near):
+        """A directory for the large buffers of a kernel that is near."""
+        directory = None
+        with contextlib.suppress(OSError):  # somebody has cleaned up there
+            directory = tempfile.mkdtemp(dir=self.directory) if near else None
+        try:
+            yield directory
+        finally:
+            if directory and os.getpid() == self.pid:  # not a forked child
+                shutil.rmtree(directory, ignore_errors=True)
 
     def close(self):
         """Shut everything down, within two seconds: the end of the session."""
