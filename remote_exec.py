@@ -685,7 +685,7 @@ class Kernel:
             self.sockets[channel] = getattr(client, f"connect_{channel}")(client.session.bsession)
         self.sockets["hb"].req_relaxed = True  # may ask again
         self.sockets["monitor"] = self.sockets["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self.widgets = Widgets(self.magics.shell, self.from_front_end)
+        self.widgets = Widgets(self.magics.shell, functools.partial(from_front_end, self))
         return True
 
     def disconnect(self, linger=0):
@@ -730,76 +730,6 @@ class Kernel:
                 self.listen(answer) or self.sockets["iopub"].poll(seconds * 1000)):
             pass
         self.screen.finish(self.name)
-
-    # what is done with it
-
-    def from_front_end(self, kind, message):
-        """What the front end says to a widget goes to the kernel. As with a local widget,
-        the notebook waits until it has dealt with that, but not for one that is busy."""
-        lock, more = self.magics.lock, {key: message[key] for key in ("buffers", "metadata")}
-        run = self.run
-        if threading.current_thread() is not threading.main_thread():  # a subshell's, in order
-            self.magics.shell.kernel.io_loop.add_callback(self.from_front_end, kind, message)
-        elif self.sockets and not lock.acquire(blocking=False):  # a call is on, in another thread
-            asyncio.get_running_loop().call_later(0.1, self.from_front_end, kind, message)
-        elif self.sockets:
-            try:
-                if self.run.steps or self.unanswered:
-                    self.ask(kind, message["content"], **more)
-                else:
-                    self.run = Run(request(self, kind, message["content"], **more))
-                    with contextlib.suppress(KeyboardInterrupt), Driver(
-                            [self], self.screen) as driver:
-                        driver.drive()
-            finally:
-                self.run = run  # its failure may not have been told
-                lock.release()
-
-    def tend(self):
-        """Go on with a run in the background: in a notebook between the cells, with its output
-        under this one; elsewhere, whoever waits for it does so."""
-        async def go_on(run, heard=0):
-            while run.steps and self.run is run:
-                if self.magics.lock.acquire(blocking=False):
-                    try:
-                        run.step()
-                    finally:
-                        self.magics.lock.release()
-                came, heard = self.heard > heard, self.heard
-                await asyncio.sleep(0 if came else 0.05)
-            if self.run is run and run.since and run.failure:  # nobody has dealt with it
-                run.since = None
-                error = RemoteError({self.name: run.failure}, self.screen.labelled)
-                self.magics.shell.showtraceback((RemoteError, error, None))
-        if self.screen.notebook:
-            with contextlib.suppress(RuntimeError):  # a thread has no running loop
-                self.task = asyncio.get_running_loop().create_task(go_on(self.run))
-
-    def wait_for(self, names):
-        """Have these attributes, and no others, wait for the run in the background."""
-        for name in self.awaited:
-            delattr(type(self.namespace), name)
-        # (`__doc__`, `__dict__`: what each object has can't be replaced, and answers at once)
-        self.awaited = [name for name in names if not hasattr(KernelNamespace, name)]
-        for name in self.awaited:
-            setattr(type(self.namespace), name, property(
-                lambda _, name=name: self.collect(name),
-                lambda own, value, name=name: vars(own).update({name: value}),
-                lambda own, name=name: vars(own).pop(name, None)))
-
-    def collect(self, name):
-        """The variable, when it has come, or the run's RemoteError. Ctrl-C ends just the wait,
-        and another thread's wait holds up no call."""
-        run, main = self.run, threading.current_thread() is threading.main_thread()
-        while run.steps and not main and not isinstance(run.waits_for, tuple):
-            with self.magics.lock:
-                run.step()
-            time.sleep(0.05)
-        with self.magics.lock:
-            if self.run is run:
-                with Driver([self], self.screen) as driver:
-                    driver.phase(stopped=None)
-        return getattr(self.namespace, name)
 
 
 class Answer:
@@ -1203,6 +1133,80 @@ def some(kernels):
     return textwrap.shorten(", ".join(kernel.name for kernel in kernels), 90, placeholder=" ...")
 
 
+# ---- between the calls ----------------------------------------------------
+
+def tend(kernel):
+    """Go on with a run in the background: in a notebook between the cells, with its output
+    under this one; elsewhere, whoever waits for it does so."""
+    async def go_on(run, heard=0):
+        while run.steps and kernel.run is run:
+            if kernel.magics.lock.acquire(blocking=False):
+                try:
+                    run.step()
+                finally:
+                    kernel.magics.lock.release()
+            came, heard = kernel.heard > heard, kernel.heard
+            await asyncio.sleep(0 if came else 0.05)
+        if kernel.run is run and run.since and run.failure:  # nobody has dealt with it
+            run.since = None
+            error = RemoteError({kernel.name: run.failure}, kernel.screen.labelled)
+            kernel.magics.shell.showtraceback((RemoteError, error, None))
+    if kernel.screen.notebook:
+        with contextlib.suppress(RuntimeError):  # a thread has no running loop
+            kernel.task = asyncio.get_running_loop().create_task(go_on(kernel.run))
+
+
+def wait_for(kernel, names):
+    """Have these attributes, and no others, wait for the run in the background."""
+    for name in kernel.awaited:
+        delattr(type(kernel.namespace), name)
+    # (`__doc__`, `__dict__`: what each object has can't be replaced, and answers at once)
+    kernel.awaited = [name for name in names if not hasattr(KernelNamespace, name)]
+    for name in kernel.awaited:
+        setattr(type(kernel.namespace), name, property(
+            lambda _, name=name: collect(kernel, name),
+            lambda own, value, name=name: vars(own).update({name: value}),
+            lambda own, name=name: vars(own).pop(name, None)))
+
+
+def collect(kernel, name):
+    """The variable, when it has come, or the run's RemoteError. Ctrl-C ends just the wait,
+    and another thread's wait holds up no call."""
+    run, main = kernel.run, threading.current_thread() is threading.main_thread()
+    while run.steps and not main and not isinstance(run.waits_for, tuple):
+        with kernel.magics.lock:
+            run.step()
+        time.sleep(0.05)
+    with kernel.magics.lock:
+        if kernel.run is run:
+            with Driver([kernel], kernel.screen) as driver:
+                driver.phase(stopped=None)
+    return getattr(kernel.namespace, name)
+
+
+def from_front_end(kernel, kind, message):
+    """What the front end says to a widget goes to the kernel. As with a local widget,
+    the notebook waits until it has dealt with that, but not for one that is busy."""
+    lock, more = kernel.magics.lock, {key: message[key] for key in ("buffers", "metadata")}
+    run = kernel.run
+    if threading.current_thread() is not threading.main_thread():  # a subshell's, in order
+        kernel.magics.shell.kernel.io_loop.add_callback(from_front_end, kernel, kind, message)
+    elif kernel.sockets and not lock.acquire(blocking=False):  # a call is on, in another thread
+        asyncio.get_running_loop().call_later(0.1, from_front_end, kernel, kind, message)
+    elif kernel.sockets:
+        try:
+            if kernel.run.steps or kernel.unanswered:
+                kernel.ask(kind, message["content"], **more)
+            else:
+                kernel.run = Run(request(kernel, kind, message["content"], **more))
+                with contextlib.suppress(KeyboardInterrupt), Driver(
+                        [kernel], kernel.screen) as driver:
+                    driver.drive()
+        finally:
+            kernel.run = run  # its failure may not have been told
+            lock.release()
+
+
 # ---- a call ---------------------------------------------------------------
 
 class Call(Driver):
@@ -1266,7 +1270,7 @@ class Call(Driver):
                 self.phase(self.timeout, late)  # what runs in the background
             finally:
                 for kernel in self.kernels:
-                    kernel.wait_for([])
+                    wait_for(kernel, [])
             for kernel, plan in self.kernels.items():
                 kernel.run = Run(self.serve(kernel, *plan))
             self.phase(15 if self.replace else 1, Failed(
@@ -1281,9 +1285,9 @@ class Call(Driver):
                 return self.phase(self.timeout, late)
             for kernel in self.kernels:
                 kernel.run.since = time.strftime("running since %H:%M:%S")
-                kernel.wait_for(self.outputs)
+                wait_for(kernel, self.outputs)
                 kernel.run.step()
-                kernel.tend()
+                tend(kernel)
 
     def serve(self, kernel, spec, directory, code):
         """All that one kernel goes through; at each BARRIER it waits for the others."""
@@ -1342,7 +1346,7 @@ class Call(Driver):
         if self.outputs:
             values, failures = yield from fetch(kernel, code, self.outputs)
             vars(kernel.namespace).update(values)
-            kernel.wait_for([name for name in kernel.awaited if name not in values])
+            wait_for(kernel, [name for name in kernel.awaited if name not in values])
             if failures:
                 (ename, evalue), *rest = map(tuple, failures)
                 raise Failed(ename, "; ".join([evalue, *map("{0[0]}: {0[1]}".format, rest)]))
@@ -1449,7 +1453,7 @@ class RemoteExecMagics(Magics):
         if not ours or ours.name != name:
             raise UsageError(f"{name} is something else here; try my_{name}={spec or kernel.spec}")
         if ours is not kernel:  # from before this module was reloaded
-            ours.wait_for([])
+            wait_for(ours, [])
             kernel.namespace, kernel.spec = value, ours.spec
             object.__setattr__(value, KERNEL, kernel)
         return kernel

@@ -887,7 +887,7 @@ def test_background_names(session):
     session.ok("-k a -o x,y,__name__,__dict__,__doc__,__repr__ -b 1/0")
     session.a.y = 3
     del session.a.y
-    session.magics.kernels["a"].from_front_end("comm_msg", {
+    rx.from_front_end(session.magics.kernels["a"], "comm_msg", {
         "content": {"comm_id": "none", "data": {}}, "buffers": [], "metadata": {}})
     for _ in range(2):
         with pytest.raises(rx.RemoteError, match="ZeroDivisionError"):
@@ -1454,7 +1454,7 @@ def test_attached_kernel(session, transport, tmp_path):
         restart()
         session.ok("-k far 1")
         manager.shutdown_kernel(now=True, restart=True)
-        session.magics.kernels["far"].from_front_end("comm_msg", {  # a death that nobody tells
+        rx.from_front_end(session.magics.kernels["far"], "comm_msg", {  # a death that nobody tells
             "content": {"comm_id": "none", "data": {}}, "buffers": [], "metadata": {}})
         restart()
         for _ in range(2):
