@@ -1189,8 +1189,13 @@ def from_front_end(kernel, kind, message):
     the notebook waits until it has dealt with that, but not for one that is busy."""
     lock, more = kernel.magics.lock, {key: message[key] for key in ("buffers", "metadata")}
     run = kernel.run
-    if threading.current_thread() is not threading.main_thread():  # a subshell's, in order
-        kernel.magics.shell.kernel.io_loop.add_callback(from_front_end, kernel, kind, message)
+    if threading.current_thread() is not threading.main_thread():  # a subshell's
+        async def in_main_thread():
+            from_front_end(kernel, kind, message)
+        loop = kernel.magics.shell.kernel.io_loop.asyncio_loop
+        moved = asyncio.run_coroutine_threadsafe(in_main_thread(), loop)
+        while loop.is_running() and not moved.done():  # a front end hears nothing after idle
+            time.sleep(0.005)
     elif kernel.sockets and not lock.acquire(blocking=False):  # a call is on, in another thread
         asyncio.get_running_loop().call_later(0.1, from_front_end, kernel, kind, message)
     elif kernel.sockets:

@@ -1996,7 +1996,8 @@ def test_widget_moves_of_a_subshell(notebook):
         notebook.client.session.msg("create_subshell_request", {}))
     subshell = notebook.client.get_control_msg(timeout=30)["content"]["subshell_id"]
     widgets(notebook, "k1", (
-        "slider, seen = w.IntSlider(), []\ndef moved(change):\n    seen.append(change.new)\n"
+        "slider, seen = w.IntSlider(), []\n"
+        "def moved(change):\n    seen.append(change.new); print('moved')\n"
         "    while change.new == 99: __import__('time').sleep(.1)\n"
         "slider.observe(moved, 'value'); ids = slider.model_id"))
     slider = notebook.value("k1.ids")
@@ -2004,16 +2005,17 @@ def test_widget_moves_of_a_subshell(notebook):
         notebook.moved(slider, subshell, value=value)
     cell = notebook.start("%remote_exec -k k2 import time; time.sleep(1.5); print('over')")
     for value in range(3, 20):
-        notebook.moved(slider, subshell, value=value)
+        notebook.move(slider, subshell, value=value)
         time.sleep(0.03)
     notebook.until(lambda: notebook.text(cell))
     notebook.moved(slider, subshell, value=20)
     notebook.run("%remote_exec -k k1 -o seen")
     assert notebook.value("k1.seen") == [*range(1, 21)]
+    moved = [each["msg_type"] for each in notebook.moved(slider, subshell, value=21)]
+    assert "stream" in moved and moved[-1] == "status"  # idle: a front end hears no more
     for value in (1, 2, 99):
         move = notebook.move(slider, subshell, value=value)
-    notebook.until(lambda: notebook.under(move, "status"))
-    time.sleep(0.3)
+    notebook.until(lambda: notebook.text(move))
     notebook.manager.interrupt_kernel()
     assert notebook.run("%remote_exec -k k2 print(1)")[0]["status"] == "ok"
     notebook.run("%remote_exec -k k1 -o seen")
