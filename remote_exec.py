@@ -595,6 +595,7 @@ class Kernel:
         self.file_seen, self.stderr = None, io.StringIO()  # the connection file that was read
         self.heard = self.broken = 0            # when something came; the connection broke
         self.interrupting = 0                   # until when an interrupt may be answered
+        self.given_up = False                   # was what it did left to itself
         self.near = False                       # may large buffers go by files
 
     # its process
@@ -903,9 +904,11 @@ def request(kernel, kind, content, **more):
                 typed, answer.question = value, None
         except Failed as error:
             if kind == "kernel_info_request":
+                if replied and idle:  # nobody answers the interrupt
+                    break
                 raise
             if hurry and not late:
-                kernel.unanswered.append("")  # what the interrupt did: the next call asks
+                kernel.given_up = True
                 raise Failed("KeyboardInterrupt", "still busy, -s replaces") from None
             if answer.reply is None or error.args[0] == "KeyboardInterrupt":
                 # the limit is one for the code, not for the journey of the outputs
@@ -916,7 +919,7 @@ def request(kernel, kind, content, **more):
     ename, evalue, lines = answer.failure or (None, "", [])
     if late:
         ename, evalue = "TimeoutError", f"{hurry.args[1]}; interrupted"
-    elif hurry and ename == "LostReplyError":  # the kernel never sent it
+    elif hurry and ename in ("LostReplyError", "AbortedError"):  # the kernel never sent it
         ename, evalue = "KeyboardInterrupt", "stopped"
     if ename is not None:
         raise Failed(ename, evalue, lines or (answer.error or {}).get("traceback", []))
@@ -1181,6 +1184,8 @@ def collect(kernel, name):
         if kernel.run is run:
             with Driver([kernel], kernel.screen) as driver:
                 driver.phase(stopped=None)
+        elif run.failure:
+            raise RemoteError({kernel.name: run.failure})
     return getattr(kernel.namespace, name)
 
 
@@ -1267,8 +1272,9 @@ class Call(Driver):
             for kernel in self.kernels:
                 self.magics.kernels[kernel.name] = kernel
                 kernel.screen = self.screen
-                if self.replace:
+                if self.replace and kernel.run.steps:
                     kernel.run.steps = None
+                    kernel.run.failure = Failure("ShutdownError", "the kernel was shut down")
                 if self.replace or not kernel.run.since:
                     kernel.run = Run()
             try:
@@ -1305,13 +1311,14 @@ class Call(Driver):
                 yield
             if end and end.exception():
                 raise Failed("ShutdownError", f"may still run: {end.exception()!r}")
-        elif kernel.unanswered and not suspect:  # what was given up must have ended by now
+        elif (kernel.unanswered or kernel.given_up) and not suspect:  # it must have ended by now
             try:
                 yield from request(kernel, "kernel_info_request", {})
             except Failed as error:
                 if error.args[0] != "LostReplyError":  # an interrupt may garble what is sent
                     raise UsageError(
                         f"{kernel.name} is still busy; wait, or replace it with -s") from None
+            kernel.given_up = False
         yield BARRIER
 
         if self.only_stops:

@@ -924,7 +924,12 @@ def test_background_in_threads(session):
     seen = []
 
     def waits(seconds=0):
-        thread = threading.Timer(seconds, lambda: seen.append(getattr(session.a, "x", None)))
+        def read():
+            try:
+                seen.append(session.a.x)
+            except rx.RemoteError as error:
+                seen.append(str(error))
+        thread = threading.Timer(seconds, read)
         thread.start()
         return thread
     session.ok("-k a -i gate -o x -b {gate}; x = 7")
@@ -934,7 +939,6 @@ def test_background_in_threads(session):
     for each in threads:
         each.join()
     assert seen == [7]
-    del session.a.x
     session.ok("-k a -o x -b [__import__('time').sleep(.1) for _ in range(150)]; x = 1")
     thread = waits()
     time.sleep(0.5)
@@ -942,7 +946,7 @@ def test_background_in_threads(session):
         session.ok(line)
         assert session.took < 10
     thread.join()
-    assert seen == [7, None]
+    assert seen == [7, "a: ShutdownError: the kernel was shut down"]
 
 
 def test_background_shown_in_a_file(session, tmp_path):
@@ -1054,6 +1058,20 @@ def test_second_interrupt_and_replacement(session):
     assert "-s" in session.misused("-k a 1") and "busy" in session.ok("-l")
     session.ok("-k a -s -o x x = 1")
     assert session.a.x == 1
+
+
+def test_interrupt_that_nobody_answers(session, spec):
+    """The code ends by itself: its kernel is idle then, and usable."""
+    spec("deaf", sys.executable, "-c", (
+        "from ipykernel.kernelbase import Kernel\nasync def deaf(*_): pass\n"
+        "Kernel.interrupt_request = deaf\n"
+        "from ipykernel.kernelapp import IPKernelApp as App; App.launch_instance()"), *LAUNCH[-2:])
+    session.ok("-k deaf import time")
+    assert session.interrupted("-k deaf time.sleep(1)", presses=[0.3, 0.2]) == (
+        "deaf still busy, -s replaces")
+    assert until(lambda: re.search("deaf +deaf +idle", session.ok("-l")), 5)
+    session.ok("-k deaf -o x x = 1")
+    assert session.deaf.x == 1
 
 
 @pytest.mark.parametrize("delay", [0, 0.002, 0.005, 0.01, 0.1])
@@ -1347,6 +1365,7 @@ def test_bash(session, spec, tmp_path):
     assert session.ok("-k shell=shell echo $((6*7))") == "42\n"
     for line in ("-k shell -o x x=1", "-k shell:/tmp ls", "-k shell -p press ls"):
         assert "bash" in session.misused(line)
+    assert session.interrupted("-k shell sleep 20", presses=[0.5]) == "shell stopped"
     assert session.fails("-k shell false")["shell"].evalue == "1"
     assert session.error._render_traceback_() == ["Error: 1"]  # it names none
 
