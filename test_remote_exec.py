@@ -1472,12 +1472,6 @@ def test_attached_kernel(session, transport, tmp_path):
         assert "not started here" in session.fails("-k far os._exit(3)")["far"].evalue
         restart()
         session.ok("-k far 1")
-        manager.shutdown_kernel(now=True, restart=True)
-        rx.from_front_end(session.magics.kernels["far"], "comm_msg", {  # a death that nobody tells
-            "content": {"comm_id": "none", "data": {}}, "buffers": [], "metadata": {}})
-        restart()
-        for _ in range(2):
-            session.ok("-k far import time; time.sleep(1)")
         manager.shutdown_kernel(now=True)
         assert "not started here" in session.fails("-k far 1")["far"].evalue
         assert session.took < 20
@@ -1486,6 +1480,19 @@ def test_attached_kernel(session, transport, tmp_path):
     session.ok(f"-k again={file} -o x")  # in Jupyter's runtime directory
     session.ok("-k again -s")
     assert session.again.x == 12 and session.ok("-k a print(x)") == "12\n"
+
+
+def test_death_that_is_over(session):
+    """An attached kernel that was dead when a widget moved lives again."""
+    with others_kernel() as (manager, client):
+        session.ok(f"-k far={manager.connection_file} 1")
+        manager.shutdown_kernel(now=True, restart=True)
+        rx.from_front_end(session.magics.kernels["far"], "comm_msg", {
+            "content": {"comm_id": "none", "data": {}}, "buffers": [], "metadata": {}})
+        manager.restart_kernel(now=True)
+        client.execute("1", reply=True, timeout=60)
+        for _ in range(2):
+            session.ok("-k far import time; time.sleep(1)")
 
 
 def test_wrong_signature_is_ignored(session):
