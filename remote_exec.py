@@ -108,7 +108,7 @@ def label(name, text, labelled=True):
 # its own; what packs and unpacks serves on this side, too.
 
 IN_BAND = 65536  # bytes; a message frame of its own costs more than copying less
-LARGE = 1 << 20  # bytes; from there on it is getting memory for them that takes ZMQ long
+LARGE = 1 << 25  # bytes; from there on malloc asks for new memory each time: ZMQ is slow then
 
 
 class Unpickler(pickle.Unpickler):

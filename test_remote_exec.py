@@ -732,7 +732,7 @@ def test_three_gigabytes():
 def test_large_values(session):
     """They go beside ZMQ, both ways, among small ones, and leave nothing behind; what is
     pushed is one file for all kernels."""
-    session.ns.update(large=np.arange(1e6), text=b"x" * 3_000_000, small=np.arange(9))
+    session.ns.update(large=np.arange(5e6), text=b"x" * 40_000_000, small=np.arange(9))
     session.ok("-k a,b -p large -o mapped mapped = {line.split()[4] for line in "
                "open('/proc/self/maps') if '/rexec-' in line}")  # by inode
     assert session.a.mapped & session.b.mapped
@@ -752,19 +752,19 @@ def test_large_values(session):
 def test_no_room_for_large_values(session):
     """ZMQ takes them, then."""
     limit = "__import__('resource').setrlimit(1, ({}, -1))"  # bytes that a file may have
-    session.ok(f"-k a -o x {limit.format(100_000)}; import numpy as np; x = np.ones(1_000_000)")
+    session.ok(f"-k a -o x {limit.format(100_000)}; import numpy as np; x = np.ones(5_000_000)")
     session.ok(f"-k a {limit.format(-1)}")
-    assert session.a.x.sum() == 1_000_000
+    assert session.a.x.sum() == 5_000_000
 
 
 def test_directory_that_is_gone(session):
     """Somebody may clean up: values come by ZMQ, and what starts gets a new one."""
     session.ok("-k c=python3 1;")
     shutil.rmtree(session.magics.directory)
-    session.ns["large"] = np.ones(1_000_000)
+    session.ns["large"] = np.ones(5_000_000)
     session.ok("-k c -p large -o twice twice = 2 * large")
     session.ok("-k d=python3 -p large -o twice twice = 2 * large")
-    assert session.c.twice.sum() == session.d.twice.sum() == 2_000_000
+    assert session.c.twice.sum() == session.d.twice.sum() == 10_000_000
     session.ok("-k a,b,c,d -s")  # the sockets of the older ones are gone, too
 
 
@@ -2213,7 +2213,7 @@ def test_forked_child_touches_nothing():
     done = ipython(*script(
         "%remote_exec -k k=python3 x = 8",
         "import atexit, glob, os, sys, time, multiprocessing",
-        "%remote_exec -k k -o large -b large = b'x' * 2**24",
+        "%remote_exec -k k -o large -b large = b'x' * 2**25",
         "while not glob.glob(f'/dev/shm/rexec-{os.getpid()}-*/*/0'): time.sleep(.1)",
         "sys.stdout.flush()", "pid = os.fork()",
         "if pid == 0:  # IPython's own exit function empties the namespace",
@@ -2221,7 +2221,7 @@ def test_forked_child_touches_nothing():
         "_ = os.waitpid(pid, 0)",
         "w = multiprocessing.get_context('fork').Process(target=print, args=('worker',))",
         "w.start(); w.join()", "%remote_exec -k k -o x", "print(k.x, len(k.large))"))
-    assert done.stdout == f"worker\n8 {2**24}\n", done
+    assert done.stdout == f"worker\n8 {2**25}\n", done
 
 
 def test_killed_session_leaves_no_kernel():
@@ -2584,7 +2584,7 @@ def test_bench_ipyparallel(session, how, settings, arguments):
             vars(session.n).clear()
             session.ns["pulled"] = None
             view.client.purge_local_results("all")
-        for size in (100, 400) if not arguments else (100,):
+        for size in (10, 100, 400) if not arguments else (100,):
             session.ok(f"-k n {ARRAY.format(size)}")
             view.execute(ARRAY.format(size), block=True)
             session.ok("-k n -o x")
