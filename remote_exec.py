@@ -251,12 +251,12 @@ def unpack(parts, frames, aside=None):
                         options["buffers"] = list(map(back, numbers[1:]))
                     values.update(load(back(numbers[0]), options))
             except (Exception, SystemExit) as error:  # so may unpickling
+                text = said(error)
                 here = ["%s %s here" % (each, sys.modules[each].__version__)
-                        for each in ("numpy", "pandas")
-                        if each in said(error) and each in sys.modules]
+                        for each in ("numpy", "pandas") if each in text and each in sys.modules]
                 if len(names) == 1:
                     failures.append([type(error).__name__, "; ".join(
-                        ["%s can't be loaded: %s" % (names[0], said(error))] + here)])
+                        ["%s can't be loaded: %s" % (names[0], text)] + here)])
     return values, failures
 
 
@@ -571,10 +571,16 @@ class Run:
             if self.steps:
                 act = self.steps.throw if isinstance(value, Failed) else self.steps.send
                 self.waits_for = act(value)
-        except (StopIteration, Failed) as end:
-            self.steps = self.waits_for = None
-            if isinstance(end, Failed):
-                self.failure = Failure(*end.args)
+        except StopIteration:
+            self.end()
+        except Failed as error:
+            self.end(Failure(*error.args))
+
+    def end(self, failure=None):
+        """Do no more; this is what it came to."""
+        if self.steps:
+            self.steps.close()
+        self.steps, self.waits_for, self.failure = None, None, failure
 
 
 class Kernel:
@@ -596,7 +602,6 @@ class Kernel:
         self.heard = self.broken = 0            # when something came; the connection broke
         self.interrupting = 0                   # until when an interrupt may be answered
         self.given_up = False                   # was what it did left to itself
-        self.near = False                       # may large buffers go by files
 
     # its process
 
@@ -657,6 +662,11 @@ class Kernel:
             except (ConnectionRefusedError, FileNotFoundError):
                 await asyncio.sleep(0.5)
         return "nothing listens at its address"
+
+    @property
+    def near(self):
+        """Whether it is on this machine, too, so that large buffers may go by files."""
+        return bool(self.manager and self.client.transport == "ipc" and self.protocol == 5)
 
     def last_words(self):
         """What the process said on stderr at the end, in brackets: it explains a failed start."""
@@ -854,7 +864,6 @@ def request(kernel, kind, content, **more):
         replied, idle = answer.reply is not None, not kernel.unanswered
         now = time.monotonic()
         if replied and idle and now > kernel.interrupting:
-            kernel.interrupting = 0
             break
         silent, broken = now - kernel.heard, kernel.broken > max(sent, probed)
 
@@ -862,8 +871,9 @@ def request(kernel, kind, content, **more):
         if kernel.dying is None and (kernel.exited or now - asked > ASK_AGAIN and (
                 silent > SILENCE or broken)):
             kernel.dying, asked = kernel.later(kernel.ended()), now
-        if kernel.dying is not None and kernel.dying.done():  # some tell it once only
-            kernel.death = kernel.death or not kernel.dying.exception() and kernel.dying.result()
+        if kernel.dying is not None and kernel.dying.done():
+            if not kernel.dying.exception():
+                kernel.death = kernel.death or kernel.dying.result()  # some tell it once only
             kernel.dying = None
         if kernel.death and silent > 0.2:
             # what starts a kernel somewhere else may have told why it ended there
@@ -915,6 +925,7 @@ def request(kernel, kind, content, **more):
                 hurry, interrupted, late = error, now, error.args[0] == "TimeoutError"
                 wanted, answer.question = True, None
 
+    kernel.interrupting = 0
     kernel.screen.finish(kernel.name)
     ename, evalue, lines = answer.failure or (None, "", [])
     if late:
@@ -973,8 +984,6 @@ def start(kernel):
         version = tuple(map(int, re.findall(r"\d+", str(language.get("version")))[:2]))
         if language.get("name") == "python":
             kernel.protocol = 5 if version >= (3, 8) else 4 if version >= (3, 4) else 2
-            kernel.near = kernel.protocol == 5 and kernel.client.transport == "ipc" and bool(
-                kernel.manager)
             yield from execute(kernel, SETUP_CODE)
         kernel.language, kernel.broken = str(language.get("name")), 0
     except Exception as error:
@@ -1012,7 +1021,7 @@ class Driver:
     def __init__(self, kernels, screen):
         self.kernels, self.screen, self.previous = kernels, screen, None
         self.presses = self.heeded = 0
-        self.stopped = ""  # what Ctrl-C does to them; None: it ends the waiting alone
+        self.stopped = "stopped"  # what Ctrl-C does to them; None: it ends the waiting alone
 
     def __enter__(self):
         with contextlib.suppress(ValueError):  # not the main thread: Ctrl-C doesn't come here
@@ -1022,7 +1031,7 @@ class Driver:
     def __exit__(self, kind, error, _):
         for kernel in self.kernels:
             if kernel.run.steps and not kernel.run.since:
-                kernel.run.steps = kernel.run.steps.close()
+                kernel.run.end()
         if self.previous is not None:
             signal.signal(signal.SIGINT, self.previous)
         if kind is KeyboardInterrupt or kind is None and self.presses > self.heeded:
@@ -1033,7 +1042,7 @@ class Driver:
     def on_interrupt(self, signum, frame):
         self.presses += 1
         work = WORK_HERE & {each.f_code for each, _ in traceback.walk_stack(frame)}
-        if work and (self.stopped is not None or unpack.__code__ not in work):
+        if work and (self.stopped or unpack.__code__ not in work):
             raise KeyboardInterrupt
 
     def drive(self, limit=None, late=None, doing="waiting for", stopped="stopped"):
@@ -1192,8 +1201,8 @@ def collect(kernel, name):
 def from_front_end(kernel, kind, message):
     """What the front end says to a widget goes to the kernel. As with a local widget,
     the notebook waits until it has dealt with that, but not for one that is busy."""
-    lock, more = kernel.magics.lock, {key: message[key] for key in ("buffers", "metadata")}
-    run = kernel.run
+    lock, run = kernel.magics.lock, kernel.run
+    more = {key: message[key] for key in ("buffers", "metadata")}
     if threading.current_thread() is not threading.main_thread():  # a subshell's
         async def in_main_thread():
             from_front_end(kernel, kind, message)
@@ -1273,8 +1282,7 @@ class Call(Driver):
                 self.magics.kernels[kernel.name] = kernel
                 kernel.screen = self.screen
                 if self.replace and kernel.run.steps:
-                    kernel.run.steps = None
-                    kernel.run.failure = Failure("ShutdownError", "the kernel was shut down")
+                    kernel.run.end(Failure("ShutdownError", "the kernel was shut down"))
                 if self.replace or not kernel.run.since:
                     kernel.run = Run()
             try:

@@ -106,6 +106,11 @@ class Session:
             raise self.error
         return self.out
 
+    def move(self, name):
+        """A front end's move of a widget of a kernel."""
+        rx.from_front_end(self.magics.kernels[name], "comm_msg", {
+            "content": {"comm_id": "none", "data": {}}, "buffers": [], "metadata": {}})
+
     def fails(self, line, cell=None):
         """The failures of a call, by kernel."""
         self.run(line, cell)
@@ -248,14 +253,20 @@ def pressing(*delays):
         pytest.fail("it was over before the Ctrl-C")
 
 
-@contextlib.contextmanager
-def others_kernel(**options):
-    """(manager, client) of a kernel that somebody else started."""
+def ready_kernel(options, **launch):
+    """(manager, client) of a kernel that has just been started."""
     manager = KernelManager(kernel_name="python3", **options)
-    manager.start_kernel(stderr=subprocess.DEVNULL)
+    manager.start_kernel(**launch)
     client = manager.blocking_client()
     client.start_channels()
     client.wait_for_ready(timeout=60)
+    return manager, client
+
+
+@contextlib.contextmanager
+def others_kernel(**options):
+    """(manager, client) of a kernel that somebody else started."""
+    manager, client = ready_kernel(options, stderr=subprocess.DEVNULL)
     try:
         yield manager, client
     finally:
@@ -887,8 +898,7 @@ def test_background_names(session):
     session.ok("-k a -o x,y,__name__,__dict__,__doc__,__repr__ -b 1/0")
     session.a.y = 3
     del session.a.y
-    rx.from_front_end(session.magics.kernels["a"], "comm_msg", {
-        "content": {"comm_id": "none", "data": {}}, "buffers": [], "metadata": {}})
+    session.move("a")
     for _ in range(2):
         with pytest.raises(rx.RemoteError, match="ZeroDivisionError"):
             session.a.x  # noqa: B018
@@ -1487,8 +1497,7 @@ def test_death_that_is_over(session):
     with others_kernel() as (manager, client):
         session.ok(f"-k far={manager.connection_file} 1")
         manager.shutdown_kernel(now=True, restart=True)
-        rx.from_front_end(session.magics.kernels["far"], "comm_msg", {
-            "content": {"comm_id": "none", "data": {}}, "buffers": [], "metadata": {}})
+        session.move("far")
         manager.restart_kernel(now=True)
         client.execute("1", reply=True, timeout=60)
         for _ in range(2):
@@ -1715,12 +1724,8 @@ class Notebook:
     """A real local kernel, driven by a client as a notebook does."""
 
     def __init__(self):
-        self.manager = KernelManager(  # no port that another one may take
-            kernel_name="python3", transport="ipc", ip=os.path.join(tempfile.mkdtemp(), "s"))
-        self.manager.start_kernel(cwd=str(HERE))
-        self.client = self.manager.blocking_client()
-        self.client.start_channels()
-        self.client.wait_for_ready(timeout=60)
+        self.manager, self.client = ready_kernel(  # no port that another one may take
+            {"transport": "ipc", "ip": os.path.join(tempfile.mkdtemp(), "s")}, cwd=str(HERE))
         self.log, self.answers = [], []  # all that it published; for its questions
         self.run("%load_ext remote_exec")
 
