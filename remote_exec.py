@@ -677,15 +677,15 @@ class Kernel:
     # its messages
 
     def connect(self):
-        """Open the sockets, unless the connection file is what it was, or half written."""
+        """Open the sockets, unless the connection file is what it was, or being written anew."""
         path = self.manager.connection_file if self.manager else self.spec
-        seen = os.stat(path).st_mtime_ns, os.stat(path).st_size
-        if seen == self.file_seen:
-            return False
-        client = KernelClient(context=self.magics.context, connection_file=path)
         try:
+            seen = os.stat(path).st_mtime_ns, os.stat(path).st_size
+            if seen == self.file_seen:
+                return False
+            client = KernelClient(context=self.magics.context, connection_file=path)
             client.load_connection_file()
-        except ValueError:
+        except (FileNotFoundError, ValueError):  # removed, or half written
             return False
         self.disconnect()
         self.client, self.file_seen, self.session = client, seen, client.session.session

@@ -1468,6 +1468,25 @@ def test_port_in_use(session, spec, tmp_path):
     assert flag.exists() and session.taken.x == 1 and session.took < 40
 
 
+ANEW = """
+import os, sys, time
+with open(sys.argv[2]) as file:
+    info = file.read()
+os.unlink(sys.argv[2])
+time.sleep(1)
+with open(sys.argv[2], "w") as file:
+    file.write(info)
+os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", *sys.argv[1:]])
+"""
+
+
+def test_connection_file_written_anew(session, spec):
+    """As an encrypted ipykernel does: for a moment there is none."""
+    spec("anew", sys.executable, "-c", ANEW, *LAUNCH[-2:])
+    session.ok("-k anew -o x x = 1")
+    assert session.anew.x == 1
+
+
 @pytest.mark.parametrize("transport", ["tcp", "ipc"])
 def test_attached_kernel(session, transport, tmp_path):
     """Is used, followed when its owner restarts it, and left alone."""
