@@ -841,6 +841,7 @@ ASK_AGAIN = 3     # seconds between two such questions
 HEARTBEAT = 2     # seconds of silence after which its heartbeat is asked for, and then told
 NO_MESSAGE = 2    # seconds after which an interrupt that was not answered is sent as a signal
 HEEDLESS = 5      # seconds that late code has to heed its interrupt
+PORT_TAKEN = "Address already in use"
 
 
 def request(kernel, kind, content, **more):
@@ -875,6 +876,8 @@ def request(kernel, kind, content, **more):
             if not kernel.dying.exception():
                 kernel.death = kernel.death or kernel.dying.result()  # some tell it once only
             kernel.dying = None
+        if not kernel.language and PORT_TAKEN in kernel.last_words():
+            raise Failed("DeadKernelError", "a port was taken")  # it may hang, or have no heart
         if kernel.death and silent > 0.2:
             # what starts a kernel somewhere else may have told why it ended there
             words = kernel.last_words() if kernel.client.transport != "ipc" else ""
@@ -1349,7 +1352,7 @@ class Call(Driver):
             try:
                 yield from start(kernel)
             except Failed as error:  # over TCP, a stranger may take a port before it does
-                if "Address already in use" not in error.args[1]:
+                if PORT_TAKEN not in error.args[1]:
                     raise
                 yield from start(kernel)
         self.magics.shell.user_ns[kernel.name] = kernel.namespace

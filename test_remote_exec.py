@@ -1454,16 +1454,18 @@ TAKEN = """
 import json, os, socket, sys
 if not os.path.exists({flag!r}):  # the first time, somebody else listens at one of its ports
     open({flag!r}, "w").close()
-    port = json.load(open(sys.argv[2]))["shell_port"]
+    port = json.load(open(sys.argv[2]))[{port!r}]
     os.set_inheritable(socket.create_server(("127.0.0.1", port)).detach(), True)
 os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", *sys.argv[1:]])
 """
 
 
-def test_port_in_use(session, spec, tmp_path):
-    """It is started once more."""
+@pytest.mark.parametrize("port", ["shell_port", "iopub_port", "hb_port"])
+def test_port_in_use(session, spec, tmp_path, port):
+    """It is started once more, also if it says so, but hangs instead of ending (iopub)."""
     flag = tmp_path / "flag"
-    spec("taken", sys.executable, "-c", TAKEN.format(flag=str(flag)), *LAUNCH[-2:])
+    code = TAKEN.format(flag=str(flag), port=port)
+    spec("taken", sys.executable, "-c", code, *LAUNCH[-2:])
     session.ok("-k taken -o x x = 1")
     assert flag.exists() and session.taken.x == 1 and session.took < 40
 
