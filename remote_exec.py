@@ -677,7 +677,8 @@ class Kernel:
     # its messages
 
     def connect(self):
-        """Open the sockets, unless the connection file is what it was, or being written anew."""
+        """Open the sockets, unless the connection file says what it said, or is being written.
+        (A kernel whose iopub socket loses a peer while its limit is lifted may crash in ZMQ.)"""
         path = self.manager.connection_file if self.manager else self.spec
         try:
             seen = os.stat(path).st_mtime_ns, os.stat(path).st_size
@@ -687,8 +688,11 @@ class Kernel:
             client.load_connection_file()
         except (FileNotFoundError, ValueError):  # removed, or half written
             return False
+        self.file_seen, before = seen, self.client
+        if before and before.get_connection_info() == client.get_connection_info():
+            return False
         self.disconnect()
-        self.client, self.file_seen, self.session = client, seen, client.session.session
+        self.client, self.session = client, client.session.session
         client.session.unpack = lambda part: {  # parsing the date takes half of the time
             key: value for key, value in json.loads(part).items() if key != "date"}
         for channel in ("iopub", "shell", "control", "hb", "stdin"):

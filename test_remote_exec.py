@@ -1474,19 +1474,24 @@ ANEW = """
 import os, sys, time
 with open(sys.argv[2]) as file:
     info = file.read()
-os.unlink(sys.argv[2])
-time.sleep(1)
-with open(sys.argv[2], "w") as file:
-    file.write(info)
+for _ in range(2):
+    os.unlink(sys.argv[2])
+    time.sleep(.5)
+    with open(sys.argv[2], "w") as file:
+        file.write(info)
+    time.sleep(.5)
 os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", *sys.argv[1:]])
 """
 
 
-def test_connection_file_written_anew(session, spec):
-    """As an encrypted ipykernel does: for a moment there is none."""
+def test_connection_file_written_anew(session, spec, monkeypatch):
+    """As an encrypted ipykernel does: for a moment there is none, then it says the same."""
+    left, disconnect = [], rx.Kernel.disconnect
+    monkeypatch.setattr(rx.Kernel, "disconnect", lambda kernel, **linger: (
+        left.extend(kernel.sockets), disconnect(kernel, **linger)))
     spec("anew", sys.executable, "-c", ANEW, *LAUNCH[-2:])
     session.ok("-k anew -o x x = 1")
-    assert session.anew.x == 1
+    assert session.anew.x == 1 and not left
 
 
 @pytest.mark.parametrize("transport", ["tcp", "ipc"])
