@@ -975,8 +975,12 @@ def start(kernel):
                 log=logging.Logger("remote_exec", logging.CRITICAL + 1),  # to nowhere
                 context=zmq.asyncio.Context.shadow(magics.context.underlying),
                 connection_file=tempfile.mktemp(".json", "kernel-", jupyter_runtime_dir()))
-            # here a kernel's own output would show a second time, and unlabelled
-            kernel.stderr = tempfile.TemporaryFile("w+", errors="backslashreplace")
+            # here a kernel's own output would show a second time, and unlabelled; it is
+            # appended, since reading moves the place where the process would write
+            kernel.stderr = open(tempfile.mktemp("", "stderr-", jupyter_runtime_dir()), "a+",
+                                 errors="backslashreplace")
+            with contextlib.suppress(PermissionError):  # Windows
+                os.unlink(kernel.stderr.name)
             kernel.launched = kernel.later(kernel.manager.start_kernel(
                 stdout=subprocess.DEVNULL, stderr=kernel.stderr))
         while not kernel.launched.done():
