@@ -1406,7 +1406,7 @@ def test_unix_sockets(session):
     said = []
     for each in pathlib.Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # it may open and close some
-            if os.readlink(each).startswith(tempfile.gettempdir()):  # its standard error
+            if os.readlink(each).startswith(WORK.name):  # its standard error
                 said.append(each.read_text())
     assert said and not any("ncrypt" in text for text in said)
     client = BlockingKernelClient(connection_file=str(file))
