@@ -880,7 +880,7 @@ def request(kernel, kind, content, **more):
             if not kernel.dying.exception():
                 kernel.death = kernel.death or kernel.dying.result()  # some tell it once only
             kernel.dying = None
-        if not kernel.language and PORT_TAKEN in kernel.last_words():
+        if not kernel.language and f"ZMQError: {PORT_TAKEN}" in kernel.last_words():
             raise Failed("DeadKernelError", "a port was taken")  # it may hang, or have no heart
         if kernel.death and silent > 0.2:
             # what starts a kernel somewhere else may have told why it ended there

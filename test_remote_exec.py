@@ -1463,6 +1463,8 @@ if not os.path.exists({flag!r}):  # the first time, somebody else listens at one
     open({flag!r}, "w").close()
     port = json.load(open(sys.argv[2]))[{port!r}]
     os.set_inheritable(socket.create_server(("127.0.0.1", port)).detach(), True)
+else:  # as ssh may, of a port that is not the kernel's
+    print("bind [127.0.0.1]:8888: Address already in use", file=sys.stderr, flush=True)
 os.execv(sys.executable, [sys.executable, "-m", "ipykernel_launcher", *sys.argv[1:]])
 """
 
