@@ -10,7 +10,7 @@ source = (here / "remote_exec.py").read_text(encoding="utf-8")
 setup(
     name="remote_exec",
     version=re.search(r'^__version__ = "(.+)"', source, re.MULTILINE).group(1),
-    description="An IPython magic that runs cells on one or many Jupyter kernels, near or far",
+    description="An IPython magic that runs code on one or many Jupyter kernels, near or far",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -20,7 +20,8 @@ setup(
     extras_require={"test": [
         "pytest", "pytest-xdist", "hypothesis", "pexpect", "numpy", "pandas", "ipykernel",
         "bash_kernel", "cloudpickle", "nbclient", "nbformat", "sshpyk", "ipyparallel", "matplotlib",
-        "ipywidgets", "tqdm", "rich",
+        "ipywidgets", "tqdm", "rich", "psutil",
+        "xeus-python; python_version >= '3.10'",
         "remote_ikernel; python_version >= '3.10'",
         "gateway_provisioners; python_version >= '3.10'"]},
     keywords="ipython jupyter magic kernel remote ssh parallel",
