@@ -166,7 +166,8 @@ def loads(frames):
     try:
         return without_gc(pickle.loads, frames[0], **options)
     except ImportError:
-        return without_gc(Unpickler(io.BytesIO(frames[0]), **options).load)
+        pass  # (in an expression, IPython 7 can't show an error that another one led to)
+    return without_gc(Unpickler(io.BytesIO(frames[0]), **options).load)
 
 
 def error_text(error):
@@ -263,11 +264,6 @@ def variable_name(option, text, hint="separate names by commas, without blanks")
     if not name.isidentifier() or keyword.iskeyword(name):
         raise UsageError(f"-{option}: {text!r} is not a variable's name; {hint}")
     return name
-
-
-def parse_names(option, text):
-    """Return the variable names of an option's comma-separated argument."""
-    return list(dict.fromkeys(variable_name(option, name) for name in text.split(",")))
 
 
 def parse_targets(entries):
@@ -713,7 +709,8 @@ class Connection:
         if "monitor" in self.sockets:
             self.sockets["shell"].disable_monitor()
         for each in self.sockets.values():
-            self.poller.unregister(each)
+            if each in self.poller:
+                self.poller.unregister(each)
             each.close(linger=linger)
         self.sockets = {}
 
@@ -1205,7 +1202,6 @@ class KernelNamespace:
         self.__kernel = kernel
 
     def __getattr__(self, name):
-        __tracebackhide__ = True  # IPython shows no frame of this function
         kernel, run = self.__kernel, self.__kernel.run
         if run and name in run.names and not is_completing():
             screen = Screen(kernel.magics.shell, labelled=False)
@@ -1390,9 +1386,6 @@ class Collector:
             kernel.lock.release()
 
 
-Plan = collections.namedtuple("Plan", "spec directory code")  # what one kernel is to do
-
-
 class Call(Collector):
     """One call of the magic: what its line asks for, and its phases in their order."""
 
@@ -1404,7 +1397,8 @@ class Call(Collector):
         self.shutdown_only = self.restart and not code.strip()
         targets = parse_targets(self.target_entries(options.get("k")))
         self.outputs, inputs, pushes = (
-            parse_names(option, options[option]) if option in options else [] for option in "oip")
+            list(dict.fromkeys(variable_name(option, name) for name in options[option].split(",")))
+            if option in options else [] for option in "oip")
         self.timeout = parse_seconds(options["t"]) if "t" in options else float("inf")
         if self.shutdown_only and (self.outputs or pushes):
             raise UsageError("-s leaves no kernel for -o or -p, unless there is code to run")
@@ -1413,11 +1407,11 @@ class Call(Collector):
         values = {name: self.local_value("i", name) for name in inputs}
         self.pushed = {name: self.local_value("p", name) for name in pushes}
         self.pickled: dict[int, list] = {}  # what is pushed, by pickle's protocol
-        self.plans: dict[Kernel, Plan] = {}
+        self.plans: dict[Kernel, tuple[str, str, str]] = {}  # (spec, directory, code)
         for name, (spec, directory) in targets.items():
             kernel = magics.find_kernel(name, spec)
             spec = "" if self.shutdown_only else magics.find_spec(kernel, spec, self.restart)
-            self.plans[kernel] = Plan(spec, directory, substitute(code, name, values))
+            self.plans[kernel] = spec, directory, substitute(code, name, values)
         super().__init__(Screen(magics.shell, labelled=len(targets) > 1), list(self.plans))
 
     def target_entries(self, text):
@@ -1463,19 +1457,20 @@ class Call(Collector):
                 return
             timeout = self.magics.startup_timeout + (len(kernels) - 1) / 2  # on few processors
             self.collect({
-                kernel: kernel.submit(screen, kernel.start, plan.spec, timeout)
-                for kernel, plan in plans.items()
+                kernel: kernel.submit(screen, kernel.start, spec, timeout)
+                for kernel, (spec, _, _) in plans.items()
                 if kernel.process is None or kernel.is_suspect}, "starting")
             for kernel in kernels:
                 self.magics.shell.user_ns[kernel.name] = kernel.namespace
             self.refuse_other_languages()
             self.collect({
-                kernel: kernel.submit(screen, kernel.prepare, plan.directory,
+                kernel: kernel.submit(screen, kernel.prepare, directory,
                                       self.pickle_pushed(kernel.protocol))
-                for kernel, plan in plans.items() if plan.directory or self.pushed}, "preparing")
+                for kernel, (_, directory, _) in plans.items()
+                if directory or self.pushed}, "preparing")
             self.pickled.clear()
-            jobs = {kernel: kernel.submit(screen, kernel.run_code, plan.code, self.outputs)
-                    for kernel, plan in plans.items()}
+            jobs = {kernel: kernel.submit(screen, kernel.run_code, code, self.outputs)
+                    for kernel, (_, _, code) in plans.items()}
             if self.background:
                 return self.leave_in_background(jobs)
             for job in jobs.values():
@@ -1515,8 +1510,8 @@ class Call(Collector):
 
     def refuse_other_languages(self):
         """Raise UsageError if a kernel can't do what the options ask for."""
-        for kernel, plan in self.plans.items():
-            if kernel.protocol is None and (self.outputs or self.pushed or plan.directory):
+        for kernel, (_, directory, _) in self.plans.items():
+            if kernel.protocol is None and (self.outputs or self.pushed or directory):
                 raise UsageError(f"{kernel.name} runs {kernel.language}: -o, -p and :DIRECTORY "
                                  "need Python 3.6 or later with IPython")
 

@@ -228,6 +228,7 @@ def session(the_session, tmp_path):
     vars(session.b).clear()
     session.startup_timeout(60)
     session.begun, session.open = tmp_path / "begun", (tmp_path / "open").touch
+    before = set(session.ns)
     session.ns.update(
         press=f"__import__('os').kill({os.getpid()}, 2)",
         begun=f"open({str(session.begun)!r}, 'w').close()",
@@ -237,6 +238,8 @@ def session(the_session, tmp_path):
         + gate(tmp_path / "open"))
     yield session
     session.open()
+    for name in set(session.ns) - before:
+        del session.ns[name]
 
 
 @pytest.fixture(autouse=True)
