@@ -549,6 +549,15 @@ HEARTBEAT_TIMEOUT = 2  # seconds of silence before we ask for its heartbeat, and
 NO_LOG = logging.Logger("remote_exec", logging.CRITICAL + 1)
 
 
+def raise_open_files_limit():
+    """Raise the soft limit towards the hard one: each kernel takes some 15 open files."""
+    with contextlib.suppress(ImportError):  # Windows has no such limit
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
 class Process:
     """A kernel's process, which a provisioner of jupyter_client launches, watches and ends; or one
     that was attached to, of which just the connection file is known. Written by its thread."""
@@ -560,6 +569,7 @@ class Process:
         self.exit_reason: str | None = None  # how the kernel ended, once that is known
         self.exit_poll: concurrent.futures.Future | None = None  # asks for that
         self.last_poll = 0.0
+        raise_open_files_limit()
         if not self.owns_kernel:
             self.connection_file, self.loop = spec, magics.loop("")
             self.launched = self.run(asyncio.sleep(0))
@@ -1727,11 +1737,6 @@ class RemoteExecMagics(Magics):
 
 def load_ipython_extension(ipython):
     """Register the magic; its kernels end with the session."""
-    with contextlib.suppress(ImportError):  # Windows has no limit of open files
-        import resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     magics = RemoteExecMagics(ipython)
     ipython.register_magics(magics)
     atexit.register(magics.close)

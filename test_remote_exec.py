@@ -3062,7 +3062,7 @@ EXERCISED = {  # a test for each row of the README's tables, by what the row beg
     "-[op](, -p)? of .*ssh|a cell over ssh": "test_bench_ssh",
     "-[op](, -p)? of": "test_bench_ipyparallel",
     "a cell that|200,000 lines|5,000 displays": "test_bench_a_bare_client",
-    "the same on .* kernels": "test_bench_kernels_at_once",
+    "a cell on .* kernels": "test_bench_kernels_at_once",
     "100 kernels": "test_bench_a_hundred_kernels",
     "CPU": "test_bench_cpu_while_nothing_happens"}
 
