@@ -75,11 +75,11 @@ class Failure(NamedTuple):
 
 
 class KernelError(Exception):
-    """Ends what a kernel's thread does; the arguments are those of a `Failure`."""
+    """Raised in a kernel's thread to end its job; its arguments make a `Failure`."""
 
 
 def failure_of(error):
-    """Return the failure that an exception means."""
+    """Return an exception as a `Failure`."""
     is_ours = type(error).__name__ == "KernelError"  # maybe that of before a reload
     return Failure(*error.args) if is_ours else Failure(type(error).__name__, str(error))
 
@@ -341,17 +341,16 @@ class Interrupts:
     @contextlib.contextmanager
     def raising(self):
         """Also raise KeyboardInterrupt meanwhile, since a user's object may take any time."""
-        self.raises = True
         try:
+            self.raises = True
             yield
         finally:
             self.raises = False
 
 
 class Screen:
-    """Shows what the kernels of one call publish, where the output of that call belongs. Their
-    threads put it into a queue; it is shown by the user's thread while that waits for the kernels,
-    else by a notebook's event loop, between the cells."""
+    """Shows what the kernels of one call publish, under its cell. Their threads fill a queue; the
+    user's thread empties it while it waits, or a notebook's event loop between two cells."""
 
     def __init__(self, shell, labelled):
         self.shell, self.labelled = shell, labelled
@@ -369,7 +368,7 @@ class Screen:
         self.schedule()
 
     def schedule(self):
-        """Have who waits, or else a notebook between two cells, show what is in the queue."""
+        """Wake the waiting thread, or else the notebook's event loop, to show the queue."""
         waiter = self.waiter  # (which the user's thread may set to None at any time)
         if waiter:
             waiter.set()
@@ -378,7 +377,7 @@ class Screen:
                 self.notebook.io_loop.asyncio_loop.call_soon_threadsafe(self.process_queue)
 
     def process_queue(self):
-        """Show what is in the queue, up to a number that others can wait for."""
+        """Show at most 100 items of the queue, then let others run."""
         with contextlib.suppress(IndexError):  # the queue is empty
             for _ in range(100):
                 function, arguments = self.queue.popleft()
@@ -404,9 +403,6 @@ class Screen:
             self.flush()
             self.file = file
         file.write(encodable(text, file))
-
-    def print_notice(self, text):
-        self.write(sys.stderr, text + "\n")
 
     def show(self, name, kind, content):
         """Show an output of a kernel (protocol, "Messages on the IOPub channel") or a page."""
@@ -508,8 +504,8 @@ class Widgets:
             self.comms.pop(comm_id).close(data, metadata, buffers)
 
     def capture(self, begins):
-        """Have the `Output` widget that captures over there, if any, begin or end to capture here:
-        for a moment, since to a front end the outputs of all kernels have the same parent."""
+        """Begin or end to capture here what an `Output` widget captures over there. Only while one
+        output shows: here, the outputs of all kernels have the same parent."""
         if self.active_outputs:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -546,6 +542,8 @@ class Widgets:
 POLL_AFTER = 1         # seconds without a message after which we ask whether the kernel lives
 POLL_INTERVAL = 3      # seconds between two such questions
 HEARTBEAT_TIMEOUT = 2  # seconds of silence before we ask for its heartbeat, and before we miss it
+INTERRUPT_REPLY_TIMEOUT = 2  # seconds until an interrupt_request without reply becomes a signal
+INTERRUPT_TIMEOUT = 5        # seconds that code has to end after its time-out's interrupt
 NO_LOG = logging.Logger("remote_exec", logging.CRITICAL + 1)
 
 
@@ -555,7 +553,8 @@ def raise_open_files_limit():
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+        if 0 <= soft < wanted:  # (a negative one is no limit)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Process:
@@ -604,8 +603,8 @@ class Process:
         return process is not None and process.poll() is not None
 
     def find_exit_reason(self, connection):
-        """Return how the kernel ended, or None as far as is known. That is asked after a silence
-        only, and not waited for: it takes long while the network is away."""
+        """Return how the kernel ended, or None if it is not known to have. The loop asks, only
+        after a silence: that may take long while the network is away."""
         now = time.monotonic()
         is_silent = now - connection.last_message > POLL_AFTER or connection.disconnected
         if self.exit_poll is None and (
@@ -767,10 +766,6 @@ class Connection:
 
 # ---- a kernel -------------------------------------------------------------
 
-INTERRUPT_REPLY_TIMEOUT = 2  # seconds until an interrupt_request without reply becomes a signal
-INTERRUPT_TIMEOUT = 5        # seconds that code has to end after its time-out's interrupt
-
-
 class Job(concurrent.futures.Future):
     """Something that a kernel's thread does, and why it should stop doing it."""
 
@@ -779,15 +774,18 @@ class Job(concurrent.futures.Future):
         self.screen, self.function = screen, function  # where its output shows, what it does
         self.interrupt_reason: Failure | None = None   # written by other threads, as is the rest
         self.deadline, self.timeout_text = float("inf"), ""
-        self.names, self.state = [], ""  # in the background: what it is to bring, since when
+        self.is_awaited = False
+        self.names, self.since = [], ""  # in the background: what it is to bring, since when
+        self.has_failed = False          # there, as was shown
+
+    @property
+    def state(self):
+        """What to tell of a run in the background."""
+        return "failed" if self.has_failed else "ended" if self.done() else self.since
 
     def interrupt(self, ename, evalue):
         """Interrupt what it does; the first reason will be its failure."""
         self.interrupt_reason = self.interrupt_reason or Failure(ename, evalue)
-
-    def abandon(self):
-        """End it at once: the kernel is to be shut down."""
-        self.interrupt_reason = Failure("ShutdownError", "the kernel was shut down")
 
     def set_timeout(self, seconds, text=""):
         """Interrupt what it does if that has not ended within so many seconds from now."""
@@ -823,7 +821,7 @@ class Request:
         self.failure = self.failure or Failure(ename, evalue, list(map(str, traceback)))
 
     def handle_message(self, channel, message):
-        """Take in what a message means for this request; return whether that was all."""
+        """Update this request from a message; return False if it may be an output."""
         kind, content = message["msg_type"], message["content"]
         parent_id = message["parent_header"].get("msg_id")
         is_ours, is_probe = parent_id == self.msg_id, parent_id == self.probe_id
@@ -850,8 +848,7 @@ class Request:
     def handle_reply(self, content):
         """Take in the reply, and in it that of the expression which publishes the outputs."""
         self.reply = content
-        expressions = dict(content.get("user_expressions") or {})
-        for part in (content, expressions.get("remote_exec") or {}):
+        for part in (content, (content.get("user_expressions") or {}).get("remote_exec") or {}):
             if part.get("status", "ok") != "ok":  # "aborted" has no more to say
                 evalue = part.get("evalue", "nothing ran: another client's code failed before it")
                 self.fail(str(part.get("ename", "AbortedError")) or "Error", str(evalue),
@@ -865,7 +862,7 @@ class Kernel:
     def __init__(self, magics, name):
         self.magics, self.name, self.namespace = magics, name, KernelNamespace(self)
         self.spec: str = name
-        self.lock = threading.RLock()  # held by the call that uses this kernel; it writes the next
+        self.lock = threading.RLock()  # held by a call, which also writes the next two fields
         self.run: Job | None = None    # what runs in the background, until it is collected
         self.screen = Screen(magics.shell, labelled=False)  # of the latest call
         self.screens: dict[str, Screen] = {}  # of the latest requests, by their ids
@@ -882,7 +879,7 @@ class Kernel:
         self.connection = Connection(self.magics.context, self.wake_receiver)
         self.language: str | None = None     # once it has answered
         self.protocol: int | None = None     # of pickle, if it is a Python with IPython
-        self.request: Request | None = None  # the one that is on
+        self.request: Request | None = None  # the current one
         self.not_idle: list[str] = []        # ids of requests that are not done, in order
         self.widgets = Widgets(self)
 
@@ -902,8 +899,9 @@ class Kernel:
             self.wake_sender.send(b"x")
 
     def abandon_jobs(self):
+        """End the jobs at once: the kernel is to be shut down."""
         for job in tuple(self.jobs):
-            job.abandon()
+            job.interrupt_reason = Failure("ShutdownError", "the kernel was shut down")
 
     @property
     def is_busy(self):
@@ -963,9 +961,8 @@ class Kernel:
             if self.process:
                 evalue = (self.process.exit_reason or evalue) + self.process.last_stderr_lines()
             self.end()
-            if ename == "KeyboardInterrupt":
-                raise KernelError(ename, "not started") from None
-            raise KernelError(ename, f"could not start: {evalue}") from None
+            text = "not started" if ename == "KeyboardInterrupt" else f"could not start: {evalue}"
+            raise KernelError(ename, text) from None
 
     def connect(self):
         """Wait until the kernel answers (protocol, "Kernel info"). Until then, its connection file
@@ -1040,7 +1037,7 @@ class Kernel:
         return came
 
     def handle_message(self, channel, message):
-        """Take in a message: it concerns the request that is on, or is an output to show."""
+        """Handle a message: give it to the current request, or show it as an output."""
         kind, content, request = message["msg_type"], message["content"], self.request
         message["parent_header"] = parent = message["parent_header"] or {}
         parent_id = parent.get("msg_id")
@@ -1081,10 +1078,10 @@ class Kernel:
             self.widgets.capture(False)
 
     def notify(self, text):
-        self.jobs[0].screen.call_soon(self.jobs[0].screen.print_notice, text)
+        self.jobs[0].screen.call_soon(self.jobs[0].screen.write, sys.stderr, text + "\n")
 
     def send_request(self, kind, content, **more):
-        """Send a request on the shell channel, and let it be the one that is on."""
+        """Send a request on the shell channel, and make it the current one."""
         msg_id = self.connection.send("shell", kind, content, **more)
         self.not_idle.append(msg_id)
         if self.screen.notebook:
@@ -1111,6 +1108,9 @@ class Kernel:
                 self.check_lost(request)
                 if request.held and time.monotonic() - request.held[0][0] > 1:
                     self.show_held(request)  # the code goes on
+        except KernelError:
+            self.show_held(request)
+            raise
         finally:
             self.request = None
             screen.call_soon(screen.end_partial_lines, self.name)
@@ -1190,7 +1190,7 @@ class Kernel:
 
     def check_lost(self, request):
         """Find out by a later request whether reply or idle status was lost with the connection.
-        It also wakes an ipykernel whose `await` was interrupted, but goes on until it comes."""
+        It also wakes an ipykernel whose interrupted `await` would go on."""
         now, connection = time.monotonic(), self.connection
         is_half = (request.reply is not None) != request.is_idle
         is_stopping = request.interrupt_sent is not None and not request.is_idle
@@ -1233,9 +1233,6 @@ class KernelNamespace:
         return types.SimpleNamespace, (), vars(self)
 
 
-KERNEL = "_KernelNamespace__kernel"
-
-
 def is_completing():
     """Return whether Tab or a tooltip looks something up, rather than the user's code."""
     return any(frame.f_globals.get("__name__") == "IPython.core.completer"
@@ -1247,27 +1244,27 @@ def is_completing():
 
 class Collector:
     """Waits for kernels in the user's thread, and takes in what they bring."""
+    restart = False  # whether it is to end what they do
 
     def __init__(self, screen, kernels):
         self.screen, self.kernels, self.interrupts = screen, kernels, Interrupts()
         self.screens = {screen}  # also of earlier calls, which may have late output to show
 
     def wait(self, jobs, doing="waiting for", interrupt=True):
-        """Wait for the jobs of kernels; show and ask meanwhile what these publish and ask.
-
-        The first Ctrl-C interrupts the kernels, the second one ends the waiting; without
-        ``interrupt``, the first one ends the waiting and raises KeyboardInterrupt.
-        """
+        """Wait for jobs; show and ask what their kernels publish and ask. The first Ctrl-C
+        interrupts the kernels, the second one ends the waiting; without ``interrupt``, the first
+        one ends it and raises KeyboardInterrupt."""
         begin = last_status = time.monotonic()
         news = threading.Event()
         self.screens.update(kernel.screen for kernel in self.kernels)
         for screen in self.screens:
             screen.waiter = news
         for job in jobs.values():
+            job.is_awaited = True
             job.add_done_callback(lambda _: news.set())
         try:
             while True:
-                # (in this order: a job is done after its outputs are in the queue)
+                # (first the jobs: a job is done after its outputs are queued)
                 waiting = [kernel for kernel, job in jobs.items() if not job.done()]
                 for screen in self.screens:
                     screen.process_queue()
@@ -1289,6 +1286,8 @@ class Collector:
                 news.wait(0.1)
                 news.clear()
         finally:
+            for job in jobs.values():
+                job.is_awaited = False
             for screen in self.screens:
                 screen.waiter = None
                 if screen.queue:
@@ -1341,7 +1340,7 @@ class Collector:
         if failures and not self.interrupts.count:
             raise error
         if failures:
-            self.screen.print_notice("\n".join(error._render_traceback_()))
+            self.screen.write(sys.stderr, "\n".join([*error._render_traceback_(), ""]))
         if self.interrupts.count:
             texts = [f"{', '.join(names)} {what}" for what, names in stopped.items()]
             raise KeyboardInterrupt("; ".join(texts) or "no kernel stopped")
@@ -1361,7 +1360,10 @@ class Collector:
                 if len(names) > 1:
                     job = kernel.submit(self.screen, kernel.run_code, "", names, together=False)
                     self.wait({kernel: job}, interrupt=interrupt)
-                    return self.load(kernel, *job.result(0), interrupt)
+                    if not job.done():
+                        raise KernelError("KeyboardInterrupt", "not loaded here") from None
+                    parts, more, buffers = job.result()
+                    return self.load(kernel, parts, failures + more, buffers, interrupt)
                 text = f"{names[0]} can't be loaded: {error_text(error)}"
                 text += "".join(f"; {library} {sys.modules[library].__version__} here"
                                 for library in ("numpy", "pandas")  # theirs may be newer
@@ -1371,12 +1373,26 @@ class Collector:
             (ename, evalue), *rest = failures
             raise KernelError(ename, "; ".join([evalue, *map(": ".join, rest)]))
 
+    def lock_kernels(self, stack):
+        """Wait until no other thread's call uses these kernels; -s ends what does."""
+        for kernel in sorted(self.kernels, key=lambda kernel: kernel.name):  # never in a circle
+            while True:
+                if self.restart:
+                    kernel.run = None
+                    kernel.abandon_jobs()
+                if kernel.lock.acquire(timeout=0.1):
+                    break
+                if self.interrupts.count:
+                    raise KeyboardInterrupt(f"{kernel.name} is used by another thread")
+            stack.callback(kernel.lock.release)
+
     def finish_when_read(self, kernel, run, name):
         """Wait for a run of which an attribute is read. Ctrl-C ends just the waiting."""
         with self.interrupts:
             kernel.screen.move_to(self.screen)
             self.wait({kernel: run}, interrupt=False)
-            with kernel.lock:
+            with contextlib.ExitStack() as stack:
+                self.lock_kernels(stack)
                 # (another thread may have collected it, and got its failure)
                 if kernel.run is run or name not in vars(kernel.namespace):
                     self.collect({kernel: run}, interrupt=False)
@@ -1384,13 +1400,13 @@ class Collector:
     def finish_between_cells(self, kernel, run):
         """Load what a run brought, unless somebody waits for it; show its failure, which is raised
         all the same by who names the kernel next."""
-        if kernel.run is not run or self.screen.waiter or not kernel.lock.acquire(blocking=False):
+        if kernel.run is not run or run.is_awaited or not kernel.lock.acquire(blocking=False):
             return
         try:
-            with self.interrupts:
+            with contextlib.suppress(KeyboardInterrupt), self.interrupts:
                 self.collect({kernel: run}, interrupt=False)
         except RemoteError as error:
-            kernel.run, run.state = run, "failed"
+            kernel.run, run.has_failed = run, True
             self.screen.shell.showtraceback((RemoteError, error, None))
         finally:
             kernel.lock.release()
@@ -1433,8 +1449,7 @@ class Call(Collector):
             return re.split(r"\s*,\s*|\s+", value.strip())
         if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value):
             return value
-        raise UsageError(f"-k {text}: needs a string or a list of strings, "
-                         f"not {type(value).__name__}")
+        raise UsageError(f"-k {text}: {type(value).__name__} is not a string or a list of strings")
 
     def local_value(self, option, name):
         """Return the value of a local variable: the caller's, else the user's."""
@@ -1452,7 +1467,8 @@ class Call(Collector):
             if self.restart:
                 jobs = {kernel: kernel.submit(screen, kernel.end) for kernel in kernels}
                 self.wait(jobs, "stopping", interrupt=False)
-                ends = {kernel: job.result() for kernel, job in jobs.items() if job.result()}
+                ends = {kernel: job.result() for kernel, job in jobs.items()
+                        if not job.exception() and job.result()}
                 self.collect(ends, "stopping", interrupt=False)
             else:
                 for kernel in kernels:
@@ -1494,19 +1510,6 @@ class Call(Collector):
                 self.pickled[protocol] = pickle_variables(self.pushed, protocol)
         return self.pickled.get(protocol)
 
-    def lock_kernels(self, stack):
-        """Wait until no other thread's call uses these kernels; -s ends what does."""
-        for kernel in sorted(self.kernels, key=lambda kernel: kernel.name):  # never in a circle
-            while True:
-                if self.restart:
-                    kernel.run = None
-                    kernel.abandon_jobs()
-                if kernel.lock.acquire(timeout=0.1):
-                    break
-                if self.interrupts.count:
-                    raise KeyboardInterrupt(f"{kernel.name} is used by another thread")
-            stack.callback(kernel.lock.release)
-
     def refuse_busy(self):
         """Raise UsageError if a kernel is still busy with what nobody waits for any more."""
         jobs = {kernel: kernel.submit(self.screen, kernel.call, "kernel_info_request", {})
@@ -1514,7 +1517,7 @@ class Call(Collector):
         concurrent.futures.wait(jobs.values(), timeout=1)
         busy = [kernel for kernel, job in jobs.items() if not job.done()]
         for kernel in busy:
-            jobs[kernel].abandon()
+            jobs[kernel].interrupt("ShutdownError", "nobody waits for it any more")
         if busy:
             raise UsageError(f"{busy[0].name} is still busy; wait, or replace it with -s")
 
@@ -1530,7 +1533,7 @@ class Call(Collector):
         for kernel, job in jobs.items():
             for name in self.outputs:
                 vars(kernel.namespace).pop(name, None)
-            job.names, job.state = self.outputs, time.strftime("running since %X")
+            job.names, job.since = self.outputs, time.strftime("running since %X")
             kernel.run = job
             if self.screen.notebook:
                 finish = Collector(self.screen, [kernel]).finish_between_cells
@@ -1626,10 +1629,11 @@ class RemoteExecMagics(Magics):
 
     def listing(self):
         """Yield the lines of -l."""
-        running = [kernel for kernel in list(self.kernels.values()) if kernel.process]
+        running = [(kernel, kernel.process) for kernel in list(self.kernels.values())
+                   if kernel.process]
         yield "running kernels:" if running else "running kernels:\n  none"
-        for kernel in running:
-            state = "dead" if kernel.process.has_exited else kernel.run.state if kernel.run else (
+        for kernel, process in running:
+            state = "dead" if process.has_exited else kernel.run.state if kernel.run else (
                 "busy" if kernel.is_busy else "idle")
             yield f"  {kernel.name}  {kernel.spec}  {state}"
         yield "\n  ".join(["kernelspecs:", *sorted(self.kernelspecs.find_kernel_specs())])
@@ -1642,13 +1646,14 @@ class RemoteExecMagics(Magics):
         """Return the kernel that NAME stands for. Raises UsageError if it means something else."""
         kernel = self.kernels.get(name) or Kernel(self, name)
         value = self.shell.user_ns.get(name, getattr(builtins, name, kernel.namespace))
-        ours = type(value).__name__ == "KernelNamespace" and object.__getattribute__(value, KERNEL)
+        slot, is_ours = "_KernelNamespace__kernel", type(value).__name__ == "KernelNamespace"
+        ours = object.__getattribute__(value, slot) if is_ours else None
         if not ours or ours.name != name:
             raise UsageError(f"{name} is something else here; try my_{name}={spec or kernel.spec}")
         kernel = self.kernels.setdefault(name, kernel)  # another thread may have been first
         if ours.magics is not self:  # from before this module was reloaded
             kernel.namespace, kernel.spec = value, ours.spec
-            object.__setattr__(value, KERNEL, kernel)
+            object.__setattr__(value, slot, kernel)
         return kernel
 
     def find_spec(self, kernel, spec, replace):

@@ -1125,6 +1125,13 @@ def test_an_output_that_cannot_come_is_named_and_takes_no_other_along(
     assert gc.isenabled() and session.there("a", "__import__('gc').isenabled()")
 
 
+def test_all_that_cannot_come_is_named_whatever_the_reason(session):
+    failure = session.fails("-k a -o bad,good,missing", (
+        "class Bad:\n    def __reduce__(self): return eval, ('1 / 0',)\nbad, good = Bad(), 5"))["a"]
+    assert "missing" in failure.evalue and "bad can't be loaded" in failure.evalue
+    assert vars(session.a) == {"good": 5}
+
+
 def test_what_numpy_cannot_load_is_named_with_its_version(session):
     session.ok("-k a", "import numpy\nclass no_such_thing: __module__ = 'numpy'\n"
                        "numpy.no_such_thing = no_such_thing; x = no_such_thing()")
