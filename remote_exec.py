@@ -803,7 +803,7 @@ class Request:
         self.reply: dict | None = None if has_reply else {}  # its content
         self.outputs: tuple | None = None    # (parts, failures, buffers), see `publish`
         self.failure: Failure | None = None
-        self.held: list = []                 # (time, kind, content) from the latest error on
+        self.held: list = []                 # (time, function, ...) from the latest error on
         self.question: tuple | None = None   # (prompt, whether it asks for a password)
         self.answer: str | None = None       # also written by the user's thread
         self.stopping_since: float | None = None  # since when there is a reason to interrupt it
@@ -1053,20 +1053,23 @@ class Kernel:
         if channel != "iopub" or parent.get("session") != self.connection.client.session.session:
             return  # an output of another client
         screen = self.screens.get(parent_id, self.screen)  # what is late belongs to its own cell
-        if kind.startswith("comm_") and screen.notebook:
-            screen.call_soon(self.widgets.relay, kind, content, message["metadata"],
-                             message["buffers"])
-        elif request and request.msg_id == parent_id and (kind == "error" or request.held):
+        if not kind.startswith("comm_"):
+            call = self.show, screen, kind, content
+        elif screen.notebook:
+            call = self.widgets.relay, kind, content, message["metadata"], message["buffers"]
+        else:
+            return
+        if request and request.msg_id == parent_id and (kind == "error" or request.held):
             if kind == "error":
                 self.show_held(request)
-            request.held.append((time.monotonic(), kind, content))
+            request.held.append((time.monotonic(), *call))
         else:
-            screen.call_soon(self.show, screen, kind, content)
+            screen.call_soon(*call)
 
     def show_held(self, request):
         """Show an error that was not the end of the code, and what came after it."""
-        for _, kind, content in request.held:
-            self.jobs[0].screen.call_soon(self.show, self.jobs[0].screen, kind, content)
+        for _, *call in request.held:
+            self.jobs[0].screen.call_soon(*call)
         request.held = []
 
     def show(self, screen, kind, content):

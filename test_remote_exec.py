@@ -620,6 +620,14 @@ def pressing(*moments):
         assert not late, "it was over before the Ctrl-C"
 
 
+@pytest.fixture
+def stray_presses_do_nothing():
+    """A Ctrl-C that comes before or after a call does nothing."""
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def readme_block(language, word):
     """Return the README's code block in that language where the word stands."""
     return re.search(rf"```{language}\n([^`]*{word}[^`]*)```", README)[1]
@@ -1506,8 +1514,8 @@ def slider(notebook):
 
 
 def caught(messages):
-    """Return [(line without its label, the `Output` that catches it or None)] of the streams,
-    as a front end sees them."""
+    """Return [(line without its label, the `Output` that catches it or None)] of the streams and
+    errors, as a front end sees them."""
     catching, found = None, []
     for each in messages:
         content = each["content"]
@@ -1517,6 +1525,8 @@ def caught(messages):
             catching = content["comm_id"] if msg_id else None
         elif each["msg_type"] == "stream":
             found += [(line.split("] ")[-1], catching) for line in content["text"].splitlines()]
+        elif each["msg_type"] == "error":
+            found.append((content["ename"], catching))
     return found
 
 
@@ -1527,6 +1537,13 @@ def test_an_output_widget_catches_what_its_kernel_prints_and_nothing_beside(note
     one, two = notebook.value("[k1.ids, k2.ids]")
     assert sorted(found, key=str) == sorted(
         [("in", one), ("in", two), ("beside", None), ("beside", None)] * 3, key=str)
+
+
+def test_an_error_inside_an_output_widget_shows_inside_and_the_code_goes_on(notebook):
+    found = caught(notebook.widgets("k1", (
+        "out = w.Output(); ids = out.model_id\nwith out: print('in'); 1 / 0\nprint('beside')")))
+    out = notebook.value("k1.ids")
+    assert found == [("in", out), ("ZeroDivisionError", out), ("beside", None)]
 
 
 def test_interact_works(notebook):
@@ -2256,7 +2273,7 @@ def test_a_scripts_end_is_silent_and_leaves_nothing(tmp_path):
         "%remote_exec -k m -b import time; time.sleep(100)", "import time; print(time.time())"))
     ended = time.time()
     pids, last = done.stdout.splitlines()
-    assert done.stderr == "" and ended - float(last) < 4
+    assert done.stderr == "" and ended - float(last) < 10
     assert all(gone(int(pid), 1) for pid in pids.split()) and files(done.pid) <= before
 
 
@@ -2548,11 +2565,11 @@ def test_whenever_ctrl_c_comes_a_kernel_is_named_or_what_it_returned_is_there(se
 @pytest.mark.parametrize("line", [
     "-k a,b:/ -p large -o x x = large[:9]", "-k a,b -s -o x x = 1", "-k c=python3,a -o x x = 1",
     "-k a,b -o big"])
-def test_ctrl_c_at_any_moment_leaves_working_kernels(session, line):
+def test_ctrl_c_at_any_moment_leaves_working_kernels(session, line, stray_presses_do_nothing):
     session.ns["large"] = np.ones(2_000_000)
     session.ok("-k a,b import numpy as np; big = np.ones(2_000_000)")
     for delay in (0.01, 0.03, 0.06, 0.1, 0.2, 0.4):
-        with contextlib.suppress(AssertionError), pressing(delay):  # it may come too late
+        with pressing(delay):
             session.run(line)
         assert session.error is None or isinstance(session.error, KeyboardInterrupt)
         assert session.error is None or re.match(r"\w+(, \w+)* \w", str(session.error))
