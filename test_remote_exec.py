@@ -1816,6 +1816,7 @@ def test_what_another_clients_failure_made_the_kernel_drop_is_told(session):
             if session.error:
                 break
         assert session.error.failures["far"].ename == "AbortedError"
+        session.ok("-k far x = 1")
 
 
 def test_a_kernel_whose_end_cannot_be_made_sure_is_told(session, spec, tmp_path, monkeypatch):
