@@ -446,8 +446,9 @@ class Screen:
             self.end_partial_lines(name)
             text = "\n" if self.notebook else data.get("text/plain", "\n")
             self.write(sys.stdout, label(name, text, self.labelled))
-        transient = {key: f"{name} {value}"  # two kernels may have chosen the same `display_id`
-                     for key, value in dict(content.get("transient") or {}).items()}
+        transient = dict(content.get("transient") or {})
+        if "display_id" in transient:  # two kernels may have chosen the same
+            transient["display_id"] = f"{name} {transient['display_id']}"
         self.shell.display_pub.publish(data=data, metadata=content.get("metadata") or {},
                                        transient=transient, update=update)
 
@@ -772,9 +773,9 @@ class Job(concurrent.futures.Future):
     def __init__(self, screen, function):
         super().__init__()
         self.screen, self.function = screen, function  # where its output shows, what it does
-        self.interrupt_reason: Failure | None = None   # written by other threads, as is the rest
-        self.deadline, self.timeout_text = float("inf"), ""
-        self.is_awaited = False
+        self.interrupt_reason: Failure | None = None   # written by any thread, see `interrupt`
+        self.deadline, self.timeout_text = float("inf"), ""  # see `set_timeout`
+        self.is_awaited = False          # this and the rest: written by the user's thread
         self.names, self.since = [], ""  # in the background: what it is to bring, since when
         self.has_failed = False          # there, as was shown
 
