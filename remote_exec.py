@@ -1,10 +1,6 @@
-"""Run a line or a cell on one or many Jupyter kernels, and bring variables back::
+"""Run a line or a cell on one or many Jupyter kernels, and bring variables back.
 
-    In [1]: %load_ext remote_exec
-    In [2]: %remote_exec -k kernel1=python3,kernel2=python3 -o x import os; x = os.getpid()
-    In [3]: kernel1.x != kernel2.x
-    Out[3]: True
-
+`%load_ext remote_exec` registers the magic; its help page is `%remote_exec?`.
 Each kernel has a thread here, which starts it, talks to it and stops it in plain blocking code.
 What the user sees and says goes through the thread that called the magic.
 """
@@ -46,17 +42,14 @@ from typing import NamedTuple
 
 import zmq.asyncio
 from IPython import get_ipython
-from IPython.core import page
+from IPython.core import magic, page
 from IPython.core.error import UsageError
-from IPython.core.magic import (
-    Magics, line_cell_magic, magics_class, needs_local_scope, no_var_expand)
 from IPython.display import display
 from IPython.utils.path import filefind
 from jupyter_client import AsyncKernelManager, KernelClient
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_core.paths import jupyter_runtime_dir
-from traitlets import Float
-from traitlets.config import Config
+from traitlets import Float, config
 
 __version__ = "4.0.0"
 __all__ = ["Failure", "RemoteError", "RemoteExecMagics"]
@@ -85,8 +78,7 @@ def failure_of(error):
 
 
 class RemoteError(Exception):
-    """What went wrong on the kernels of a call: ``failures`` maps the NAME of each that failed to
-    its `Failure`, in the order of ``-k``."""
+    """What went wrong in a call: ``failures`` maps NAME to `Failure`, in the order of ``-k``."""
 
     def __init__(self, failures, labelled=False):
         super().__init__(failures, labelled)
@@ -99,9 +91,8 @@ class RemoteError(Exception):
         """Return the lines that IPython shows: the remote traceback, without local frames."""
         texts = []
         for name, failure in self.failures.items():
-            text = "\n".join(failure.traceback)
-            if failure.ename not in text:
-                text = "\n".join([*failure.traceback, str(failure)])
+            told = any(failure.ename in line for line in failure.traceback)
+            text = "\n".join(failure.traceback if told else [*failure.traceback, str(failure)])
             if str(getattr(get_ipython(), "colors", "")).lower() == "nocolor":
                 text = re.sub(r"\x1b\[[\d;]*m", "", text)
             texts.append(encodable(label(name, text, self.labelled) + text, sys.stdout))
@@ -120,8 +111,7 @@ def encodable(text, file):
 
 
 # ---- the remote side ------------------------------------------------------
-# The source of these is sent to every Python kernel, 3.6 or later, as the module `_remote_exec`.
-# What pickles and unpickles is used on this side, too.
+# Their source goes to every Python kernel, 3.6 or later, as `_remote_exec`; some serve here, too.
 
 class Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
@@ -155,8 +145,7 @@ def dumps(value, protocol):
             getattr(each, "__module__", None) == "__main__"
             for _, each in pickler.memo.copy().values()):
         # It wrote a reference, which means nothing, or something else, in another session.
-        raise pickle.PicklingError(
-            "it needs what the session defines; install cloudpickle to send that, too")
+        raise pickle.PicklingError("it needs what this session defines; install cloudpickle")
     return [stream.getvalue()] + buffers
 
 
@@ -172,8 +161,7 @@ def loads(frames):
 
 def error_text(error):
     """Return the message of an error, also of one whose str() fails."""
-    text = "".join(traceback.format_exception_only(type(error), error))
-    return text.partition(": ")[2].strip()
+    return "".join(traceback.format_exception_only(type(error), error)).partition(": ")[2].strip()
 
 
 def prepare(directory, pushed):
@@ -186,21 +174,11 @@ def prepare(directory, pushed):
         get_ipython().user_ns.update(loads(get_ipython().get_parent()["buffers"]))
 
 
-@functools.lru_cache(maxsize=None)
-def output_comm():
-    """Return the comm whose messages carry the outputs; it is never opened."""
-    try:
-        from comm import create_comm
-    except ImportError:  # ipykernel before 6.18
-        from ipykernel.comm import Comm as create_comm
-    return create_comm(target_name="remote_exec", primary=False)
-
-
 def publish(names, protocol, copy, together):
     """Send variables as the buffers of one comm message: as one pickle, so that what they share
-    stays shared; where that fails, or not ``together``, each goes alone. ``copy``: another client
-    may change them before they are sent."""
-    namespace, parts, frames = get_ipython().user_ns, [], []
+    stays shared, else each alone. ``copy`` them, if another client may change them meanwhile."""
+    shell, parts, frames = get_ipython(), [], []
+    kernel, namespace = shell.kernel, shell.user_ns
     there = [name for name in names if name in namespace]
     failures = [["NameError", "name '%s' is not defined" % name]
                 for name in names if name not in there]
@@ -213,7 +191,9 @@ def publish(names, protocol, copy, together):
             if len(group) > 1:
                 return publish(names, protocol, copy, together=False)
             failures.append([type(error).__name__, "%s: %s" % (group[0], error_text(error))])
-    output_comm().send({"remote_exec": [parts, failures]}, buffers=frames)
+    content = {"comm_id": "remote_exec", "data": [parts, failures]}
+    parent = shell.get_parent()
+    kernel.session.send(kernel.iopub_socket, "comm_msg", content, parent, buffers=frames)
 
 
 def lift_output_limit(kernel):
@@ -225,17 +205,14 @@ def lift_output_limit(kernel):
 
 
 REMOTE_SOURCE = "\n".join([
-    "import functools, gc, io, os, pickle, traceback",
-    "from IPython import get_ipython",
-    *map(inspect.getsource, [Unpickler, without_gc, dumps, loads, error_text, prepare, output_comm,
-                             publish, lift_output_limit]),
+    "import gc, io, os, pickle, traceback\nfrom IPython import get_ipython",
+    *map(inspect.getsource, [Unpickler, without_gc, dumps, loads, error_text, prepare, publish,
+                             lift_output_limit]),
     "lift_output_limit(get_ipython().kernel)"])
 # Makes the module, and adds `os` and `pickle` to the user's namespace, but nothing else.
-SETUP_CODE = (
-    "import os, pickle\n"
-    f"exec(compile({ascii(REMOTE_SOURCE)}, '<remote_exec>', 'exec'), "
-    "__import__('sys').modules.setdefault('_remote_exec', "
-    "__import__('types').ModuleType('_remote_exec')).__dict__)")
+SETUP_CODE = f"""import os, pickle
+exec({REMOTE_SOURCE!a}, vars(__import__('sys').modules.setdefault(
+    '_remote_exec', type(os)('_remote_exec'))))"""
 
 
 # ---- the line -------------------------------------------------------------
@@ -319,7 +296,8 @@ def substitute(code, name, values):
 class Interrupts:
     """Counts Ctrl-C (SIGINT) while it is entered, in the main thread, and raises it at the end."""
 
-    count, raises = 0, False
+    count = 0
+    raises: str | None = None  # what to raise at once
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -336,16 +314,21 @@ class Interrupts:
     def on_interrupt(self, signum, frame):
         self.count += 1
         if self.raises:
-            raise KeyboardInterrupt("nothing ran")
+            raise KeyboardInterrupt(self.raises)
 
     @contextlib.contextmanager
-    def raising(self):
-        """Also raise KeyboardInterrupt meanwhile, since a user's object may take any time."""
+    def raising(self, text):
+        """Also raise it at once meanwhile, since a user's object may take any time."""
         try:
-            self.raises = True
+            self.raises = text
             yield
         finally:
-            self.raises = False
+            self.raises = None
+
+
+def flush():
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 class Screen:
@@ -392,15 +375,11 @@ class Screen:
         """From now on, show where the output of another call belongs, which waits for it."""
         self.context, self.labelled = screen.context, self.labelled or screen.labelled
 
-    def flush(self):
-        with contextlib.suppress(ValueError):  # the file has been closed
-            self.file.flush()
-
     def write(self, file, text):
         if not self.notebook:
             self.show_status("")
         if file is not self.file:  # keeps stdout and stderr in order
-            self.flush()
+            flush()
             self.file = file
         file.write(encodable(text, file))
 
@@ -469,7 +448,7 @@ class Screen:
     def ask(self, name, prompt, password):
         """Return the user's answer to a kernel's question (protocol, "stdin")."""
         self.end_partial_lines(name)
-        self.flush()
+        flush()
         ask = getpass.getpass if password else input
         try:
             return ask(label(name, prompt, self.labelled) + prompt)
@@ -483,6 +462,17 @@ class Widgets:
     def __init__(self, kernel):
         self.kernel, self.comms = kernel, {}
         self.active_outputs = []  # the `Output` widgets that capture, the latest last
+
+    def show(self, screen, kind, content, metadata, buffers):
+        """Show an output of the kernel, or pass its comm message on where there is a front end."""
+        if not kind.startswith("comm_"):
+            self.capture(True)
+            try:
+                screen.show(self.kernel.name, kind, content)
+            finally:
+                self.capture(False)
+        elif screen.notebook:
+            self.relay(kind, content, metadata, buffers)
 
     def relay(self, kind, content, metadata, buffers):
         """Pass a comm message of the kernel on to the front end."""
@@ -508,34 +498,24 @@ class Widgets:
         """Begin or end to capture here what an `Output` widget captures over there. Only while one
         output shows: here, the outputs of all kernels have the same parent."""
         if self.active_outputs:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            flush()
             parent = self.kernel.magics.shell.kernel.get_parent()["header"]["msg_id"]
             self.active_outputs[-1].send({"method": "update", "buffer_paths": [],
                                           "state": {"msg_id": parent if begins else ""}})
 
     def send_to_kernel(self, kind, message):
-        """Pass a message of the front end on to the kernel. A subshell of the notebook has the main
-        thread do that, where Ctrl-C comes."""
-        screen, done = Screen(self.kernel.magics.shell, labelled=False), threading.Event()
-        if threading.current_thread() is threading.main_thread():
-            self.send(screen, done, kind, message)
-            return
-        screen.call_soon(self.send, screen, done, kind, message)
-        while screen.notebook.io_loop.asyncio_loop.is_running() and not done.wait(0.1):
-            pass
-
-    def send(self, screen, done, kind, message):
-        """Wait until the kernel has dealt with it, as a local widget would, unless it is busy."""
-        kernel, is_busy = self.kernel, self.kernel.is_busy
-        if kernel.widgets is self and kernel.language:  # else that kernel is gone
-            collector = Collector(screen, [kernel])
-            job = kernel.submit(kernel.screen if is_busy else screen, kernel.call, kind,
-                                message["content"], metadata=message["metadata"],
-                                buffers=message["buffers"])
-            with contextlib.suppress(KeyboardInterrupt), collector.interrupts:
-                collector.wait({} if is_busy else {kernel: job})
-        done.set()
+        """Pass a message of the front end on to the kernel, and wait until that has dealt with it,
+        as a local widget would, unless it is busy."""
+        kernel, is_busy = self.kernel, bool(self.kernel.jobs)
+        if kernel.widgets is not self or not kernel.language:
+            return  # that kernel is gone
+        screen = Screen(kernel.magics.shell, kernel.screen.labelled)
+        collector = Collector(screen, [kernel])
+        job = kernel.submit(kernel.screen if is_busy else screen, kernel.call, kind,
+                            message["content"], metadata=message["metadata"],
+                            buffers=message["buffers"])
+        with contextlib.suppress(KeyboardInterrupt), collector.interrupts:
+            collector.wait({} if is_busy else {kernel: job})
 
 
 # ---- a kernel's process ---------------------------------------------------
@@ -543,18 +523,17 @@ class Widgets:
 POLL_AFTER = 1         # seconds without a message after which we ask whether the kernel lives
 POLL_INTERVAL = 3      # seconds between two such questions
 HEARTBEAT_TIMEOUT = 2  # seconds of silence before we ask for its heartbeat, and before we miss it
-INTERRUPT_REPLY_TIMEOUT = 2  # seconds until an interrupt_request without reply becomes a signal
-INTERRUPT_TIMEOUT = 5        # seconds that code has to end after its time-out's interrupt
-NO_LOG = logging.Logger("remote_exec", logging.CRITICAL + 1)
+REPLY_TIMEOUT = 2      # seconds until an interrupt_request without reply becomes a signal
+INTERRUPT_TIMEOUT = 5  # seconds that code has to end after its time-out's interrupt
 
 
 def raise_open_files_limit():
-    """Raise the soft limit towards the hard one: each kernel takes some 15 open files."""
+    """Raise the soft limit towards the hard one: each kernel takes some 20 open files."""
     with contextlib.suppress(ImportError):  # Windows has no such limit
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-        if 0 <= soft < wanted:  # (a negative one is no limit)
+        if 0 <= soft < 65536:  # (a negative one is no limit)
+            wanted = min(hard, 65536) if hard >= 0 else 65536
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
@@ -562,33 +541,31 @@ class Process:
     """A kernel's process, which a provisioner of jupyter_client launches, watches and ends; or one
     that was attached to, of which just the connection file is known. Written by its thread."""
 
-    def __init__(self, magics, name, spec):
+    def __init__(self, magics, loop, spec):
         """Raises what launching raises; `launched` is the future of the rest of it."""
-        self.ends: set = magics.ends
+        self.loop: asyncio.AbstractEventLoop = loop
         self.owns_kernel = not spec.endswith(".json")
         self.exit_reason: str | None = None  # how the kernel ended, once that is known
-        self.exit_poll: concurrent.futures.Future | None = None  # asks for that
-        self.last_poll = 0.0
+        self.last_poll = 0.0  # when that was asked
         raise_open_files_limit()
+        # Not our own standard error, where what the process writes would show a second time.
+        runtime_dir = magics.runtime_dir()
+        self.stderr = tempfile.TemporaryFile(dir=runtime_dir)
         if not self.owns_kernel:
-            self.connection_file, self.loop = spec, magics.loop("")
-            self.launched = self.run(asyncio.sleep(0))
+            self.connection_file = spec
+            self.launched = self.latest_poll = self.run(asyncio.sleep(0))
             return
         depth = int(os.environ.get("REMOTE_EXEC_DEPTH", 0)) + 1
         if depth > 2:
-            raise RuntimeError("a kernel that a kernel started may not start kernels: does a "
-                               "start-up file or a line of ipython_config.py start them?")
-        found, runtime_dir = magics.kernelspecs.get_kernel_spec(spec), magics.runtime_dir()
-        # A provisioner that is not jupyter_client's own may block its loop, so it gets one.
-        self.loop = magics.loop(name if "kernel_provisioner" in found.metadata else "")
+            raise RuntimeError("it may not start a third level of kernels; see the start-up files")
+        found = magics.kernelspecs.get_kernel_spec(spec)
         self.connection_file = os.path.join(runtime_dir, f"kernel-{uuid.uuid4()}.json")
         self.manager = AsyncKernelManager(
-            kernel_name=spec, kernel_spec_manager=magics.kernelspecs, log=NO_LOG,
+            kernel_name=spec, kernel_spec_manager=magics.kernelspecs,
             config=magics.connection_config(found), connection_file=self.connection_file,
-            context=zmq.asyncio.Context.shadow(magics.context.underlying))
-        # Not our own standard error, where what the process writes would show a second time.
-        self.stderr = tempfile.TemporaryFile(dir=runtime_dir)
-        self.launched = self.run(self.manager.start_kernel(
+            context=zmq.asyncio.Context.shadow(magics.context.underlying),
+            log=logging.Logger("remote_exec", logging.CRITICAL + 1))  # its errors are raised
+        self.launched = self.latest_poll = self.run(self.manager.start_kernel(
             stdout=subprocess.DEVNULL, stderr=self.stderr,
             env={**os.environ, "REMOTE_EXEC_DEPTH": str(depth)}))
 
@@ -603,70 +580,46 @@ class Process:
         process = getattr(provisioner, "process", None)
         return process is not None and process.poll() is not None
 
-    def find_exit_reason(self, connection):
-        """Return how the kernel ended, or None if it is not known to have. The loop asks, only
-        after a silence: that may take long while the network is away."""
-        now = time.monotonic()
-        is_silent = now - connection.last_message > POLL_AFTER or connection.disconnected
-        if self.exit_poll is None and (
-                self.has_exited or is_silent and now - self.last_poll > POLL_INTERVAL):
-            self.last_poll = now
-            self.exit_poll = self.run(self.poll(connection.client))
-        if self.exit_poll and self.exit_poll.done():
-            if not self.exit_poll.exception():  # some provisioners tell it only once
-                self.exit_reason = self.exit_reason or self.exit_poll.result()
-            self.exit_poll = None
-        return self.exit_reason
-
     async def poll(self, client):
+        """Write the reason for the exit, if it has ended."""
         if self.owns_kernel:
-            code = await self.manager.provisioner.poll()
-            if code is None or not self.has_exited:  # a remote one's code has no defined meaning
-                return None if code is None else "its process is gone"
-            names = {-each: f"killed by {each.name}" for each in signal.Signals}
-            return names.get(code, f"exit code {code}")
-        for _ in range(3):  # its owner may be restarting it
-            try:
-                _, writer = await (
-                    asyncio.open_unix_connection(f"{client.ip}-{client.shell_port}")
-                    if client.transport == "ipc" else
-                    asyncio.open_connection(client.ip, client.shell_port))
-                return writer.close()
-            except (ConnectionRefusedError, FileNotFoundError):
-                await asyncio.sleep(0.5)
-        return "nothing listens at its address"
+            code = await self.manager.provisioner.poll()  # some tell it only once
+            if code is not None:
+                names = {-each: f"killed by {each.name}" for each in signal.Signals}
+                reason = names.get(code, f"exit code {code}")  # a remote code may mean anything
+                self.exit_reason = reason if self.has_exited else "its process is gone"
+            return
+        await asyncio.sleep(1.5)  # its owner may be restarting it
+        try:
+            _, writer = await (asyncio.open_unix_connection(f"{client.ip}-{client.shell_port}")
+                               if client.transport == "ipc" else
+                               asyncio.open_connection(client.ip, client.shell_port))
+            writer.close()
+        except (ConnectionRefusedError, FileNotFoundError):
+            self.exit_reason = "nothing listens at its address"
 
     def last_stderr_lines(self):
         """Return the end of what our process wrote to its standard error, in brackets."""
-        if not self.owns_kernel:
-            return ""
         file = self.stderr.fileno()  # (a seek would move the place where the process writes)
         text = os.pread(file, 2000, max(0, os.fstat(file).st_size - 2000))
         lines = re.findall(r"\S(?:.*\S)?", text.decode("utf-8", "backslashreplace"))[-3:]
         return f" [{' | '.join(lines)}]" if lines else ""
 
-    def shutdown(self, requested, seconds):
-        """Have our process end; return the future of that. After half of the seconds (None: its
-        `shutdown_wait_time`) it gets SIGTERM, in the end SIGKILL. One that could not be requested
-        to shut down gets SIGTERM at once, with which srun takes its job along."""
-        async def finish():
-            await asyncio.gather(asyncio.wrap_future(self.launched), return_exceptions=True)
-            try:
-                if requested:
-                    await self.manager.provisioner.shutdown_requested()
-                elif await self.manager.is_alive():
-                    await self.manager.provisioner.terminate()
-                await self.manager.finish_shutdown(seconds, 0.05)
-                if await self.manager.is_alive():
-                    raise TimeoutError("it could not be killed")
-            finally:
-                self.stderr.close()
-                await self.manager.cleanup_resources()
-
-        ended = self.run(finish())
-        self.ends.add(ended)
-        ended.add_done_callback(self.ends.discard)
-        return ended
+    async def shutdown(self, requested, seconds):
+        """End our process. It gets SIGTERM after half of the seconds (None: `shutdown_wait_time`),
+        or at once if it could not be requested, so that srun takes its job along; then SIGKILL."""
+        await asyncio.gather(asyncio.wrap_future(self.launched), return_exceptions=True)
+        try:
+            if requested:
+                await self.manager.provisioner.shutdown_requested()
+            elif await self.manager.is_alive():
+                await self.manager.provisioner.terminate()
+            await self.manager.finish_shutdown(seconds, 0.05)
+            if await self.manager.is_alive():
+                raise TimeoutError("it could not be killed")
+        finally:
+            self.stderr.close()
+            await self.manager.cleanup_resources()
 
 
 class Connection:
@@ -679,8 +632,6 @@ class Connection:
         self.client: KernelClient | None = None   # knows what the connection file says
         self.address: dict = {}                   # the part of it that counts
         self.sockets: dict[str, zmq.Socket] = {}  # by channel
-        self.poller = zmq.Poller()
-        self.poller.register(wake_receiver, zmq.POLLIN)
         self.last_message = self.last_ping = 0.0
         self.silent_since: str | None = None  # the time of day, while the heartbeat is missing
         self.disconnected = False             # since the kernel was last seen to work
@@ -699,58 +650,49 @@ class Connection:
             return False
         self.close()
         self.address = address
-        self.client = KernelClient(context=self.context, connection_file=path)
-        self.client.load_connection_info(info)
+        client = self.client = KernelClient(context=self.context, connection_file=path)
+        client.load_connection_info(info)
         # (without the date: parsing that takes half the time of receiving a message)
-        self.client.session.unpack = lambda part: {
+        client.session.unpack = lambda part: {
             key: value for key, value in json.loads(part).items() if key != "date"}
         for channel in ("iopub", "shell", "control", "hb", "stdin"):
             self.context.immediate = channel == "stdin"  # is writable only once it is connected
-            connect = getattr(self.client, f"connect_{channel}")
-            self.sockets[channel] = connect(self.client.session.bsession)
+            self.sockets[channel] = getattr(client, f"connect_{channel}")(client.session.bsession)
         self.sockets["hb"].req_relaxed = True  # the next ping may be sent without an answer
         self.sockets["monitor"] = self.sockets["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        for each in self.sockets.values():
-            self.poller.register(each, zmq.POLLIN)
         return True
 
     def close(self, linger=0):
         """Close the sockets, which have so many milliseconds to send what was given to them."""
-        if "monitor" in self.sockets:
+        if "monitor" in self.sockets:  # else ZMQ would wait for who takes its last events
             self.sockets["shell"].disable_monitor()
         for each in self.sockets.values():
-            if each in self.poller:
-                self.poller.unregister(each)
             each.close(linger=linger)
         self.sockets = {}
 
     def send(self, channel, kind, content, **more):
         """Send a message; return its id."""
-        message = self.client.session.send(self.sockets[channel], kind, content, **more)
-        return message["header"]["msg_id"]
-
-    @property
-    def is_stdin_connected(self):
-        return self.sockets["stdin"].poll(0, zmq.POLLOUT) > 0
+        return self.client.session.send(self.sockets[channel], kind, content, **more)["msg_id"]
 
     def receive(self, seconds):
         """Yield (channel, message) of what comes within so many seconds (None: no limit)."""
-        ready = dict(self.poller.poll(None if seconds is None else seconds * 1000))
+        poller = zmq.Poller()
+        for each in (self.wake_receiver, *self.sockets.values()):
+            poller.register(each, zmq.POLLIN)
+        ready = dict(poller.poll(None if seconds is None else seconds * 1000))
         if self.wake_receiver.fileno() in ready:
             self.wake_receiver.recv(4096)
         for channel, each in list(self.sockets.items()):
-            for _ in range(100 if each in ready else 0):  # then others have their turn
-                if each.closed or not each.get(zmq.EVENTS) & zmq.POLLIN:
-                    break
-                if channel == "monitor":
-                    self.disconnected = True
-                else:
-                    self.last_message = time.monotonic()
-                try:
-                    message = self.client.session.recv(each, copy=False)[1]
-                except Exception:  # an event, a heartbeat, or not signed by this kernel
-                    continue
-                yield channel, message
+            if each not in ready or each.closed:
+                continue
+            if channel == "monitor":
+                self.disconnected = True
+            else:
+                self.last_message = time.monotonic()
+            with contextlib.suppress(Exception):  # no message, or not signed by this kernel
+                message = self.client.session.recv(each, copy=False)[1]
+                if message:
+                    yield channel, message
 
     def check_heartbeat(self):
         """Ask for the heartbeat after a silence, and note since when it is missing."""
@@ -774,19 +716,23 @@ class Job(concurrent.futures.Future):
         super().__init__()
         self.screen, self.function = screen, function  # where its output shows, what it does
         self.interrupt_reason: Failure | None = None   # written by any thread, see `interrupt`
+        self.interrupted_at = 0.0
         self.deadline, self.timeout_text = float("inf"), ""  # see `set_timeout`
-        self.is_awaited = False          # this and the rest: written by the user's thread
         self.names, self.since = [], ""  # in the background: what it is to bring, since when
-        self.has_failed = False          # there, as was shown
 
-    @property
-    def state(self):
-        """What to tell of a run in the background."""
-        return "failed" if self.has_failed else "ended" if self.done() else self.since
+    def finish(self, result, error):
+        """Tell the outcome, unless nobody waits for it any more."""
+        self.function = None  # what it took may be large
+        if error and not self.done():
+            self.set_exception(error)
+        elif not self.done():
+            self.set_result(result)
 
     def interrupt(self, ename, evalue):
         """Interrupt what it does; the first reason will be its failure."""
-        self.interrupt_reason = self.interrupt_reason or Failure(ename, evalue)
+        if self.interrupt_reason is None:
+            self.interrupted_at = time.monotonic()
+            self.interrupt_reason = Failure(ename, evalue)
 
     def set_timeout(self, seconds, text=""):
         """Interrupt what it does if that has not ended within so many seconds from now."""
@@ -807,19 +753,13 @@ class Request:
         self.held: list = []                 # (time, function, ...) from the latest error on
         self.question: tuple | None = None   # (prompt, whether it asks for a password)
         self.answer: str | None = None       # also written by the user's thread
-        self.stopping_since: float | None = None  # since when there is a reason to interrupt it
         self.interrupt_sent: float | None = None
         self.interrupt_answered = True       # or there is no reply to wait for
         self.probe_id: str = "none yet"      # of a later request that tells what was lost
         self.probe_sent = 0.0
 
-    @property
-    def is_complete(self):
-        """Whether all has come, and no interrupt is on its way, which might hit the next one."""
-        return self.reply is not None and self.is_idle and self.interrupt_answered
-
     def fail(self, ename, evalue, traceback=()):
-        self.failure = self.failure or Failure(ename, evalue, list(map(str, traceback)))
+        self.failure = self.failure or Failure(str(ename) or "Error", str(evalue), traceback)
 
     def handle_message(self, channel, message):
         """Update this request from a message; return False if it may be an output."""
@@ -839,9 +779,9 @@ class Request:
             self.is_idle = content["execution_state"] == "idle"
         elif kind == "input_request" and is_ours:
             self.question = str(content["prompt"]), bool(content.get("password"))
-        elif kind == "comm_msg" and "remote_exec" in dict(content["data"] or {}):
+        elif kind == "comm_msg" and content["comm_id"] == "remote_exec":
             if is_ours:
-                self.outputs = *content["data"]["remote_exec"], message["buffers"]
+                self.outputs = *content["data"], message["buffers"]
         else:
             return False
         return True
@@ -852,26 +792,24 @@ class Request:
         for part in (content, (content.get("user_expressions") or {}).get("remote_exec") or {}):
             if part.get("status", "ok") != "ok":  # "aborted" has no more to say
                 evalue = part.get("evalue", "nothing ran: another client's code failed before it")
-                self.fail(str(part.get("ename", "AbortedError")) or "Error", str(evalue),
-                          part.get("traceback") or [])
+                self.fail(part.get("ename", "AbortedError"), evalue, part.get("traceback") or [])
 
 
 class Kernel:
-    """What NAME stands for: a process somewhere, and a thread here that talks to it, which writes
+    """What NAME stands for: a process somewhere, and a thread here that talks to it. That writes
     the fields, unless they say otherwise."""
 
     def __init__(self, magics, name):
         self.magics, self.name, self.namespace = magics, name, KernelNamespace(self)
         self.spec: str = name
-        self.lock = threading.RLock()  # held by a call, which also writes the next two fields
+        self.lock = threading.Lock()   # held by a call, which also writes the next two fields
         self.run: Job | None = None    # what runs in the background, until it is collected
         self.screen = Screen(magics.shell, labelled=False)  # of the latest call
-        self.screens: dict[str, Screen] = {}  # of the latest requests, by their ids
         self.jobs: collections.deque[Job] = collections.deque()  # the first is being done
-        self.is_closed = False         # written by who ends the session
         self.wake_receiver, self.wake_sender = socket.socketpair()
         self.wake_sender.setblocking(False)
         self.thread = threading.Thread(target=self.run_jobs, daemon=True, name=name)
+        self.loop: asyncio.AbstractEventLoop | None = None  # of its provisioner, which may block it
         self.reset()
 
     def reset(self):
@@ -880,8 +818,7 @@ class Kernel:
         self.connection = Connection(self.magics.context, self.wake_receiver)
         self.language: str | None = None     # once it has answered
         self.protocol: int | None = None     # of pickle, if it is a Python with IPython
-        self.request: Request | None = None  # the current one
-        self.not_idle: list[str] = []        # ids of requests that are not done, in order
+        self.request: Request | None = None  # the one that it is busy with
         self.widgets = Widgets(self)
 
     # called by other threads
@@ -904,21 +841,13 @@ class Kernel:
         for job in tuple(self.jobs):
             job.interrupt_reason = Failure("ShutdownError", "the kernel was shut down")
 
-    @property
-    def is_busy(self):
-        return bool(self.not_idle) or not all(job.done() for job in tuple(self.jobs))
-
-    @property
-    def is_suspect(self):
-        """Whether its process may have ended since it was last seen to work."""
-        process, disconnected = self.process, self.connection.disconnected
-        return bool(process and (process.has_exited or process.exit_reason or disconnected))
-
     # the thread and its jobs
 
     def run_jobs(self):
         """Do one job after the other; listen in between."""
-        while self.jobs or not self.is_closed:
+        self.loop = loop = asyncio.new_event_loop()
+        threading.Thread(target=lambda: (loop.run_forever(), loop.close()), daemon=True).start()
+        while self.jobs or not self.magics.is_closed:
             if not self.jobs:
                 self.receive(None)
                 continue
@@ -926,33 +855,36 @@ class Kernel:
             try:
                 if job.interrupt_reason:
                     raise KernelError(*job.interrupt_reason)
-                job.set_result(job.function())
+                outcome = job.function(), None
             except BaseException as error:
+                outcome = None, error
                 if self.process and self.process.exit_reason:
                     self.end()
-                job.set_exception(error)
-            job.function = job = None  # what it took, or brought, may be large
             self.jobs.popleft()
+            job.finish(*outcome)
+            job = outcome = None  # may be large
         self.wake_receiver.close()
         self.wake_sender.close()
 
     def start(self, spec, timeout):
         """Start a kernel, or attach to one, unless it is there and works. Raises KernelError."""
-        if self.process:
+        if process := self.process:
+            if not (process.has_exited or process.exit_reason or self.connection.disconnected):
+                return
             try:
                 self.execute("", *((prepare, "", False) if self.protocol else ()))  # does nothing
                 self.connection.disconnected = False
                 return
             except Exception:
-                if not self.process.owns_kernel or not self.process.exit_reason:
+                if not process.owns_kernel or not process.exit_reason:
                     raise
-            self.notify(f"{self.name} had died ({self.process.exit_reason}) and is started anew")
+            self.notify(f"{self.name} had died ({process.exit_reason}) and is started anew")
             self.end()
         self.spec = spec
         self.jobs[0].set_timeout(timeout, f"not ready after {self.magics.startup_timeout:g} s "
                                           "(c.RemoteExecMagics.startup_timeout)")
         try:
-            self.process = Process(self.magics, self.name, spec)
+            self.process = Process(self.magics, self.loop, spec)
             self.connect()
             self.set_up()
         except Exception as error:
@@ -969,9 +901,8 @@ class Kernel:
         """Wait until the kernel answers (protocol, "Kernel info"). Until then, its connection file
         is followed: a batch job may write into it on which node it runs."""
         process, connection, request = self.process, self.connection, None
-        process.launched.add_done_callback(lambda _: self.wake())
-        while not (request and request.reply and connection.is_stdin_connected):
-            self.receive(0.02 if request and request.reply else 0.1)
+        while not (request and request.reply and connection.sockets["stdin"].poll(0, zmq.POLLOUT)):
+            self.receive(0.05)
             self.check_interrupt(request)
             if process.launched.done():
                 process.launched.result()
@@ -993,33 +924,29 @@ class Kernel:
             if error.args[0] not in ("ModuleNotFoundError", "ImportError", "AttributeError"):
                 raise
 
-    def prepare(self, directory, buffers):
-        """Change directory, and send the pushed variables."""
-        self.execute("", prepare, directory, bool(buffers), buffers=buffers)
-
     def run_code(self, code, names, together=True):
         """Execute code, and bring variables back; return (parts, failures, buffers), or None."""
         if not names:
-            return self.execute(code, silent=False).outputs if code.strip() else None
+            return self.execute(code, silent=False) if code.strip() else None
         outputs = self.execute(code, publish, names, self.protocol, not self.process.owns_kernel,
-                               together, silent=not code.strip()).outputs
+                               together, silent=not code.strip())
         if outputs is None:
             raise KernelError("LostReplyError", "the outputs were lost; fetch them without code")
         return outputs
 
     def end(self, seconds=None):
-        """Let the kernel go, and have its process end if it is ours; return the future of that."""
+        """Let the kernel go, and its process end if it is ours; return the future of that."""
         process, connection = self.process, self.connection
         owns_kernel = process is not None and process.owns_kernel
-        requested = owns_kernel and bool(self.language) and not (
-            self.not_idle or process.exit_reason)
+        requested = owns_kernel and self.language and not (self.request or process.exit_reason)
         if requested:
             connection.send("control", "shutdown_request", {"restart": False})
         connection.close(linger=200)
         self.reset()
-        return process.shutdown(requested, seconds) if owns_kernel else None
-
-    # messages and requests
+        ends = process.shutdown(requested, seconds) if owns_kernel else asyncio.sleep(0)
+        ended = asyncio.run_coroutine_threadsafe(ends, self.loop)
+        self.magics.ends.append(ended)
+        return ended
 
     def receive(self, seconds):
         """Handle the messages that come within so many seconds; return whether any did."""
@@ -1028,10 +955,6 @@ class Kernel:
             for channel, message in self.connection.receive(seconds):
                 came = True
                 self.handle_message(channel, message)
-        except zmq.ZMQError as error:  # costs the connection, but not the thread
-            self.connection.close()
-            if self.process:
-                self.process.exit_reason = f"its connection failed: {error!r}"
         except Exception as error:  # a malformed message is a failure of the request
             if self.request:
                 self.request.fail("ProtocolError", f"malformed message: {error!r}")
@@ -1040,11 +963,7 @@ class Kernel:
     def handle_message(self, channel, message):
         """Handle a message: give it to the current request, or show it as an output."""
         kind, content, request = message["msg_type"], message["content"], self.request
-        message["parent_header"] = parent = message["parent_header"] or {}
-        parent_id = parent.get("msg_id")
-        if kind == "status" and content["execution_state"] == "idle":
-            while parent_id in self.not_idle:  # kernels work in order
-                self.not_idle.pop(0)
+        parent = message["parent_header"]
         if kind == "input_request":  # what was printed before may come later, on iopub
             deadline = time.monotonic() + 1
             while self.receive(0.05) and time.monotonic() < deadline:
@@ -1053,14 +972,10 @@ class Kernel:
             return
         if channel != "iopub" or parent.get("session") != self.connection.client.session.session:
             return  # an output of another client
-        screen = self.screens.get(parent_id, self.screen)  # what is late belongs to its own cell
-        if not kind.startswith("comm_"):
-            call = self.show, screen, kind, content
-        elif screen.notebook:
-            call = self.widgets.relay, kind, content, message["metadata"], message["buffers"]
-        else:
-            return
-        if request and request.msg_id == parent_id and (kind == "error" or request.held):
+        is_ours = request is not None and request.msg_id == parent.get("msg_id")
+        screen = self.jobs[0].screen if is_ours else self.screen
+        call = self.widgets.show, screen, kind, content, message["metadata"], message["buffers"]
+        if is_ours and (kind == "error" or request.held):
             if kind == "error":
                 self.show_held(request)
             request.held.append((time.monotonic(), *call))
@@ -1073,84 +988,67 @@ class Kernel:
             self.jobs[0].screen.call_soon(*call)
         request.held = []
 
-    def show(self, screen, kind, content):
-        """Show an output. Called in the user's thread."""
-        self.widgets.capture(True)
-        try:
-            screen.show(self.name, kind, content)
-        finally:
-            self.widgets.capture(False)
-
     def notify(self, text):
         self.jobs[0].screen.call_soon(self.jobs[0].screen.write, sys.stderr, text + "\n")
 
     def send_request(self, kind, content, **more):
         """Send a request on the shell channel, and make it the current one."""
         msg_id = self.connection.send("shell", kind, content, **more)
-        self.not_idle.append(msg_id)
-        if self.screen.notebook:
-            self.screens[msg_id] = self.jobs[0].screen
-        if len(self.screens) > 1000:
-            del self.screens[next(iter(self.screens))]
         self.request = Request(msg_id, has_reply=not kind.startswith("comm_"))
         self.connection.last_message = time.monotonic()
         return self.request
 
     def call(self, kind, content, **more):
         """Send a request; return it when it is complete. Raises KernelError if it failed."""
-        screen, request = self.jobs[0].screen, self.send_request(kind, content, **more)
+        screen, connection = self.jobs[0].screen, self.connection
+        request = self.send_request(kind, content, **more)
         if not self.process.owns_kernel:
             self.process.exit_reason = None  # its owner may have started it again
         try:
-            while not request.is_complete:
+            # (an interrupt that is on its way might hit the next request)
+            while request.reply is None or not (request.is_idle and request.interrupt_answered):
                 self.receive(0.1)
-                if request.answer is not None and self.connection.is_stdin_connected:
-                    self.connection.send("stdin", "input_reply", {"value": request.answer})
+                if request.answer is not None and connection.sockets["stdin"].poll(0, zmq.POLLOUT):
+                    connection.send("stdin", "input_reply", {"value": request.answer})
                     request.question = request.answer = None
                 self.check_interrupt(request)
                 self.check_alive()
                 self.check_lost(request)
                 if request.held and time.monotonic() - request.held[0][0] > 1:
                     self.show_held(request)  # the code goes on
-        except KernelError:
-            self.show_held(request)
-            raise
-        finally:
             self.request = None
+        finally:
+            if request.failure and request.held:  # that error is raised
+                del request.held[0]
+            self.show_held(request)
             screen.call_soon(screen.end_partial_lines, self.name)
         for payload in request.reply.get("payload") or []:
             if payload.get("source") == "page":
                 screen.call_soon(screen.show, self.name, "page", payload)
         failure, reason = request.failure, self.jobs[0].interrupt_reason
-        traceback = failure.traceback if failure else []
-        if failure and request.held:
-            error = request.held.pop(0)[-1]
-            traceback = traceback or list(map(str, error["traceback"]))
-        self.show_held(request)
         if request.interrupt_sent and (
                 reason.ename == "TimeoutError" or failure and failure.ename in (
                     "KeyboardInterrupt", "CancelledError", "LostReplyError", "AbortedError")):
-            failure = reason
+            failure = reason._replace(traceback=failure.traceback if failure else [])
         if failure:
-            raise KernelError(failure.ename, failure.evalue, traceback)
+            raise KernelError(*failure)
         return request
 
     def execute(self, code, function=None, *arguments, silent=True, **more):
-        """Execute code, and then call a function of the remote side (protocol, "Execute")."""
+        """Execute code, then a call of the remote side; return outputs (protocol, "Execute")."""
         call = f"__import__('_remote_exec').{function.__name__}{arguments!r}" if function else ""
         try:
             return self.call("execute_request", {
                 "code": code, "silent": silent, "store_history": not silent,
                 "user_expressions": {"remote_exec": call} if call else {}, "stop_on_error": False,
-                "allow_stdin": getattr(self.jobs[0].screen.notebook, "_allow_stdin", True)}, **more)
+                "allow_stdin": getattr(self.jobs[0].screen.notebook, "_allow_stdin", True),
+            }, **more).outputs
         except KernelError as error:
             if function is None or error.args[1] != "No module named '_remote_exec'":
                 raise
         self.notify(f"{self.name} was restarted, or lost its modules; it is set up again")
         self.execute(SETUP_CODE)
         return self.execute("", function, *arguments, **more)
-
-    # what may happen while a request is on
 
     def check_interrupt(self, request):
         """Interrupt the code if there is a reason to; not before it has begun, which would be lost,
@@ -1164,33 +1062,35 @@ class Kernel:
         ename, evalue, _ = reason
         if self.language is None or ename == "ShutdownError":
             raise KernelError(ename, evalue)
-        request.stopping_since = request.stopping_since or now
-        waited, request.question = now - request.stopping_since, None
+        waited, request.question = now - job.interrupted_at, None
         if request.interrupt_sent is None:
             has_begun = request.busy_since and now - request.busy_since > 0.05
             if has_begun or owns_kernel and waited > POLL_AFTER:
                 self.connection.send("control", "interrupt_request", {})
                 request.interrupt_sent, request.interrupt_answered = now, False
-        elif not request.interrupt_answered and (
-                now - request.interrupt_sent > INTERRUPT_REPLY_TIMEOUT):
+        elif not request.interrupt_answered and now - request.interrupt_sent > REPLY_TIMEOUT:
             request.interrupt_answered = True
             if owns_kernel:
                 self.process.run(self.process.manager.signal_kernel(signal.SIGINT))
         if ename == "TimeoutError" and waited > INTERRUPT_TIMEOUT:
-            raise KernelError(ename, f"{evalue}, but ignores the interrupt; -s replaces it")
+            text = f"{evalue}, but ignores the interrupt; -s replaces it"
+            job.finish(None, KernelError(ename, text))  # and stays busy
 
     def check_alive(self):
-        """Raise KernelError if the kernel has died. Silence is no death: a network may be away."""
-        process, connection = self.process, self.connection
-        reason = process.find_exit_reason(connection)
+        """Raise KernelError if the kernel has died. Silence is no death, since a network may be
+        away: then the loop asks, which may take long."""
+        process, connection, now = self.process, self.connection, time.monotonic()
         connection.check_heartbeat()
-        if reason is None or time.monotonic() - connection.last_message < 0.2:
-            return  # its last messages may still come
-        hint = ("the next cell that names it starts it anew" if process.owns_kernel else
+        is_silent = now - connection.last_message > POLL_AFTER or connection.disconnected
+        if process.exit_reason is None and process.latest_poll.done() and (
+                process.has_exited or is_silent and now - process.last_poll > POLL_INTERVAL):
+            process.last_poll = now
+            process.latest_poll = process.run(process.poll(connection.client))
+        if process.exit_reason and now - connection.last_message > 0.2:  # all messages have come
+            hint = "the next cell that names it starts it anew" if process.owns_kernel else (
                 "it was not started here")
-        is_local = connection.client and connection.client.transport == "ipc"
-        words = "" if is_local else process.last_stderr_lines()
-        raise KernelError("DeadKernelError", f"the kernel died ({reason}); {hint}{words}")
+            text = f"the kernel died ({process.exit_reason}); {hint}{process.last_stderr_lines()}"
+            raise KernelError("DeadKernelError", text)
 
     def check_lost(self, request):
         """Find out by a later request whether reply or idle status was lost with the connection.
@@ -1198,10 +1098,8 @@ class Kernel:
         now, connection = time.monotonic(), self.connection
         is_half = (request.reply is not None) != request.is_idle
         is_stopping = request.interrupt_sent is not None and not request.is_idle
-        is_due = (is_half and now - connection.last_message > 0.3
-                  or is_stopping and now - request.interrupt_sent > 0.3
-                  or connection.disconnected)
-        if is_due and now - request.probe_sent > POLL_INTERVAL:
+        is_due = (is_half or is_stopping) and now - connection.last_message > 0.3
+        if (is_due or connection.disconnected) and now - request.probe_sent > POLL_INTERVAL:
             request.probe_id = connection.send("shell", "kernel_info_request", {})
             request.probe_sent, connection.disconnected = now, False
 
@@ -1217,31 +1115,26 @@ class KernelNamespace:
 
     def __getattr__(self, name):
         kernel, run = self.__kernel, self.__kernel.run
-        if run and name in run.names and not is_completing():
-            screen = Screen(kernel.magics.shell, labelled=False)
-            Collector(screen, [kernel]).finish_when_read(kernel, run, name)
+        if run and name in run.names and not any(
+                frame.f_globals.get("__name__") == "IPython.core.completer"
+                or frame.f_code.co_name == "object_inspect_mime"  # Tab and tooltips don't wait
+                for frame, _ in traceback.walk_stack(None)):
+            Collector(Screen(kernel.magics.shell, labelled=False), [kernel]).finish_when_read()
             if name in vars(self):
                 return vars(self)[name]
         raise AttributeError(f"nothing named {name!r} has come back from {kernel.name}")
 
     def __repr__(self):
-        kernel = self.__kernel
-        state = f", {kernel.run.state}" if kernel.run else ""
-        return (f"<kernel {kernel.name} ({kernel.spec}){state}: "
-                f"{', '.join(dir(self)) or 'no variables yet'}>")
+        kernel, run = self.__kernel, self.__kernel.run
+        state = f", {run.since}" if run and not run.done() else ""
+        names = ", ".join(dir(self)) or "no variables yet"
+        return f"<kernel {kernel.name} ({kernel.spec}){state}: {names}>"
 
     def __dir__(self):
         return sorted(vars(self))
 
     def __reduce__(self):
         return types.SimpleNamespace, (), vars(self)
-
-
-def is_completing():
-    """Return whether Tab or a tooltip looks something up, rather than the user's code."""
-    return any(frame.f_globals.get("__name__") == "IPython.core.completer"
-               or frame.f_code.co_name == "object_inspect_mime"
-               for frame, _ in traceback.walk_stack(None))
 
 
 # ---- a call ---------------------------------------------------------------
@@ -1252,25 +1145,22 @@ class Collector:
 
     def __init__(self, screen, kernels):
         self.screen, self.kernels, self.interrupts = screen, kernels, Interrupts()
-        self.screens = {screen}  # also of earlier calls, which may have late output to show
 
     def wait(self, jobs, doing="waiting for", interrupt=True):
         """Wait for jobs; show and ask what their kernels publish and ask. The first Ctrl-C
-        interrupts the kernels, the second one ends the waiting; without ``interrupt``, the first
-        one ends it and raises KeyboardInterrupt."""
+        interrupts them (without ``interrupt``: is raised), the second one ends the waiting."""
         begin = last_status = time.monotonic()
         news = threading.Event()
-        self.screens.update(kernel.screen for kernel in self.kernels)
-        for screen in self.screens:
+        screens = {self.screen, *(kernel.screen for kernel in self.kernels)}  # and of earlier calls
+        for screen in screens:
             screen.waiter = news
         for job in jobs.values():
-            job.is_awaited = True
             job.add_done_callback(lambda _: news.set())
         try:
             while True:
                 # (first the jobs: a job is done after its outputs are queued)
                 waiting = [kernel for kernel, job in jobs.items() if not job.done()]
-                for screen in self.screens:
+                for screen in screens:
                     screen.process_queue()
                 if self.interrupts.count and waiting and not interrupt:
                     raise KeyboardInterrupt(f"{short_list(waiting)} not waited for")
@@ -1278,7 +1168,7 @@ class Collector:
                     jobs[kernel].interrupt("KeyboardInterrupt", "stopped")
                 if self.interrupts.count > 1:
                     break
-                if any(screen.queue for screen in self.screens):
+                if any(screen.queue for screen in screens):
                     continue
                 if not waiting:
                     break
@@ -1290,38 +1180,34 @@ class Collector:
                 news.wait(0.1)
                 news.clear()
         finally:
-            for job in jobs.values():
-                job.is_awaited = False
-            for screen in self.screens:
+            for screen in screens:
                 screen.waiter = None
                 if screen.queue:
                     screen.schedule()
             self.screen.show_status("")
-            self.screen.flush()
+            flush()
 
     def answer_question(self, kernel):
         """Ask the user what the code of a kernel asks, if it does."""
         request = kernel.request
         if request and request.question and request.answer is None and not self.interrupts.count:
             # (a Ctrl-C is counted, and passed on by `wait`)
-            with contextlib.suppress(KeyboardInterrupt), self.interrupts.raising():
+            with contextlib.suppress(KeyboardInterrupt), self.interrupts.raising("asked"):
                 request.answer = self.screen.ask(kernel.name, *request.question)
             kernel.wake()
 
     def show_status(self, waiting, doing, seconds):
         """Tell after 3 s who is waited for, who is ready, and who does not answer."""
-        self.screen.flush()
+        flush()
         silent = [f"; {kernel.name} does not answer since {since}" for kernel in waiting
                   if (since := kernel.connection.silent_since)]
-        is_starting = not all(kernel.language for kernel in waiting)
-        if seconds > 3 and (len(self.kernels) > 1 or silent or is_starting):
+        if seconds > 3 and (len(self.kernels) > 1 or silent or not waiting[0].language):
             ready = short_list(kernel for kernel in self.kernels if kernel not in waiting)
             text = f"{doing} {short_list(waiting)} ({seconds:.0f} s)" + "".join(silent[:3])
             self.screen.show_status(text + (f"; ready: {ready}" if ready else ""))
 
     def collect(self, jobs, doing="waiting for", interrupt=True):
-        """Wait for jobs and load what they bring. Raises RemoteError with what failed; after a
-        Ctrl-C it shows that, and raises KeyboardInterrupt."""
+        """Wait for jobs, load what they bring. Raises RemoteError; after a Ctrl-C just shows it."""
         self.wait(jobs, doing, interrupt)
         failures, stopped = {}, {}
         for kernel, job in jobs.items():
@@ -1329,8 +1215,8 @@ class Collector:
                 if not job.done():
                     raise KernelError("KeyboardInterrupt", "still busy, -s replaces it")
                 if job.result():
-                    self.load(kernel, *job.result(), interrupt)
-            except Exception as error:
+                    self.load(kernel, *job.result())
+            except (Exception, KeyboardInterrupt) as error:
                 failure = failure_of(error)
                 if doing == "stopping":
                     failure = Failure("ShutdownError", f"may still run: {failure}")
@@ -1338,6 +1224,8 @@ class Collector:
                     stopped.setdefault(failure.evalue, []).append(kernel.name)
                 else:
                     failures[kernel.name] = failure
+                if isinstance(error, KeyboardInterrupt):
+                    continue  # what was not loaded can be collected again
             if kernel.run is job:  # it ran in the background, and is collected now
                 kernel.run = None
         error = RemoteError(failures, self.screen.labelled)
@@ -1349,30 +1237,27 @@ class Collector:
             texts = [f"{', '.join(names)} {what}" for what, names in stopped.items()]
             raise KeyboardInterrupt("; ".join(texts) or "no kernel stopped")
 
-    def load(self, kernel, parts, failures, buffers, interrupt):
+    def load(self, kernel, parts, failures, buffers):
         """Load what came back into the kernel's namespace. Raises KernelError."""
-        failures = list(failures)
         for names, count in parts:
             pickled, buffers = buffers[:count], buffers[count:]
             try:
-                with self.interrupts.raising() if interrupt else contextlib.nullcontext():
+                with self.interrupts.raising("not loaded here"):
                     values = loads(pickled)
                 vars(kernel.namespace).update(values)
-            except KeyboardInterrupt:
-                raise KernelError("KeyboardInterrupt", "not loaded here") from None
             except (Exception, SystemExit) as error:  # unpickling may run any code
                 if len(names) > 1:
                     job = kernel.submit(self.screen, kernel.run_code, "", names, together=False)
-                    self.wait({kernel: job}, interrupt=interrupt)
-                    if not job.done():
-                        raise KernelError("KeyboardInterrupt", "not loaded here") from None
+                    self.wait({kernel: job})
+                    if self.interrupts.count:
+                        raise KeyboardInterrupt("not loaded here") from None
                     parts, more, buffers = job.result()
-                    return self.load(kernel, parts, failures + more, buffers, interrupt)
+                    return self.load(kernel, parts, failures + more, buffers)
                 text = f"{names[0]} can't be loaded: {error_text(error)}"
                 text += "".join(f"; {library} {sys.modules[library].__version__} here"
                                 for library in ("numpy", "pandas")  # theirs may be newer
                                 if library in text and library in sys.modules)
-                failures.append([type(error).__name__, text])
+                failures = [*failures, [type(error).__name__, text]]
         if failures:
             (ename, evalue), *rest = failures
             raise KernelError(ename, "; ".join([evalue, *map(": ".join, rest)]))
@@ -1380,40 +1265,34 @@ class Collector:
     def lock_kernels(self, stack):
         """Wait until no other thread's call uses these kernels; -s ends what does."""
         for kernel in sorted(self.kernels, key=lambda kernel: kernel.name):  # never in a circle
-            while True:
+            while not kernel.lock.acquire(timeout=0.1):
                 if self.restart:
-                    kernel.run = None
                     kernel.abandon_jobs()
-                if kernel.lock.acquire(timeout=0.1):
-                    break
                 if self.interrupts.count:
                     raise KeyboardInterrupt(f"{kernel.name} is used by another thread")
             stack.callback(kernel.lock.release)
 
-    def finish_when_read(self, kernel, run, name):
-        """Wait for a run of which an attribute is read. Ctrl-C ends just the waiting."""
-        with self.interrupts:
-            kernel.screen.move_to(self.screen)
-            self.wait({kernel: run}, interrupt=False)
-            with contextlib.ExitStack() as stack:
-                self.lock_kernels(stack)
-                # (another thread may have collected it, and got its failure)
-                if kernel.run is run or name not in vars(kernel.namespace):
-                    self.collect({kernel: run}, interrupt=False)
+    def finish_when_read(self):
+        """Wait for the run of which an attribute is read. Ctrl-C ends just the waiting."""
+        with self.interrupts, contextlib.ExitStack() as stack:
+            self.lock_kernels(stack)
+            for kernel in self.kernels:
+                if kernel.run:  # else another thread has collected it
+                    kernel.screen.move_to(self.screen)
+                    self.collect({kernel: kernel.run}, interrupt=False)
 
     def finish_between_cells(self, kernel, run):
-        """Load what a run brought, unless somebody waits for it; show its failure, which is raised
-        all the same by who names the kernel next."""
-        if kernel.run is not run or run.is_awaited or not kernel.lock.acquire(blocking=False):
+        """Load what a run brought, unless a call does; show its failure, which is raised all the
+        same by who names the kernel next."""
+        if kernel.lock.locked() or kernel.run is not run:
             return
         try:
-            with contextlib.suppress(KeyboardInterrupt), self.interrupts:
-                self.collect({kernel: run}, interrupt=False)
+            self.finish_when_read()
+        except KeyboardInterrupt:
+            pass
         except RemoteError as error:
-            kernel.run, run.has_failed = run, True
+            kernel.run = run
             self.screen.shell.showtraceback((RemoteError, error, None))
-        finally:
-            kernel.lock.release()
 
 
 class Call(Collector):
@@ -1436,7 +1315,6 @@ class Call(Collector):
             raise UsageError("-b needs code, and no -t; -t in a call without code waits for it")
         values = {name: self.local_value("i", name) for name in inputs}
         self.pushed = {name: self.local_value("p", name) for name in pushes}
-        self.pickled: dict[int, list] = {}  # what is pushed, by pickle's protocol
         self.plans: dict[Kernel, tuple[str, str, str]] = {}  # (spec, directory, code)
         for name, (spec, directory) in targets.items():
             kernel = magics.find_kernel(name, spec)
@@ -1457,22 +1335,23 @@ class Call(Collector):
 
     def local_value(self, option, name):
         """Return the value of a local variable: the caller's, else the user's."""
-        try:
-            return self.locals[normalize(name)]
-        except KeyError:
-            raise UsageError(f"-{option}: there is no local variable {name!r}") from None
+        if normalize(name) not in self.locals:
+            raise UsageError(f"-{option}: there is no local variable {name!r}")
+        return self.locals[normalize(name)]
 
     def run(self):
         """Go through all phases. Raises UsageError, RemoteError, KeyboardInterrupt."""
         kernels, screen, plans = self.kernels, self.screen, self.plans
         with self.interrupts, contextlib.ExitStack() as stack:
-            self.pickle_pushed(pickle.HIGHEST_PROTOCOL)  # fails before anything is done
+            pushed = self.pickle(self.pushed, 5)
             self.lock_kernels(stack)
             if self.restart:
+                for kernel in kernels:
+                    kernel.run = None
+                    kernel.abandon_jobs()
                 jobs = {kernel: kernel.submit(screen, kernel.end) for kernel in kernels}
                 self.wait(jobs, "stopping", interrupt=False)
-                ends = {kernel: job.result() for kernel, job in jobs.items()
-                        if not job.exception() and job.result()}
+                ends = {kernel: job.result() for kernel, job in jobs.items()}
                 self.collect(ends, "stopping", interrupt=False)
             else:
                 for kernel in kernels:
@@ -1486,19 +1365,16 @@ class Call(Collector):
             if self.shutdown_only:
                 return
             timeout = self.magics.startup_timeout + (len(kernels) - 1) / 2  # on few processors
-            self.collect({
-                kernel: kernel.submit(screen, kernel.start, spec, timeout)
-                for kernel, (spec, _, _) in plans.items()
-                if kernel.process is None or kernel.is_suspect}, "starting")
-            for kernel in kernels:
-                self.magics.shell.user_ns[kernel.name] = kernel.namespace
+            self.collect({kernel: kernel.submit(screen, kernel.start, spec, timeout)
+                          for kernel, (spec, _, _) in plans.items()}, "starting")
+            self.magics.shell.user_ns.update({each.name: each.namespace for each in kernels})
             self.refuse_other_languages()
             self.collect({
-                kernel: kernel.submit(screen, kernel.prepare, directory,
-                                      self.pickle_pushed(kernel.protocol))
-                for kernel, (_, directory, _) in plans.items()
-                if directory or self.pushed}, "preparing")
-            self.pickled.clear()
+                kernel: kernel.submit(
+                    screen, kernel.execute, "", prepare, directory, bool(pushed),
+                    buffers=pushed if kernel.protocol == 5 else self.pickle(self.pushed, 4))
+                for kernel, (_, directory, _) in plans.items() if directory or pushed}, "preparing")
+            pushed = None  # may be large
             jobs = {kernel: kernel.submit(screen, kernel.run_code, code, self.outputs)
                     for kernel, (_, _, code) in plans.items()}
             if self.background:
@@ -1507,23 +1383,25 @@ class Call(Collector):
                 job.set_timeout(self.timeout)
             self.collect(jobs)
 
-    def pickle_pushed(self, protocol):
-        """Return what is pushed, pickled. Raises UsageError that names what can't be."""
-        if self.pushed and protocol not in self.pickled:
-            with self.interrupts.raising():
-                self.pickled[protocol] = pickle_variables(self.pushed, protocol)
-        return self.pickled.get(protocol)
+    def pickle(self, values, protocol):
+        """Return variables pickled. Raises UsageError that names one that can't be."""
+        try:
+            with self.interrupts.raising("nothing ran"):
+                return dumps(values, protocol) if values else []
+        except (Exception, SystemExit) as error:  # pickling may run any code
+            for name in values if len(values) > 1 else ():
+                self.pickle({name: values[name]}, protocol)
+            text = " ".join(error_text(error).split())
+            raise UsageError(f"-p: can't pickle {', '.join(values)}: {text}") from None
 
     def refuse_busy(self):
         """Raise UsageError if a kernel is still busy with what nobody waits for any more."""
-        jobs = {kernel: kernel.submit(self.screen, kernel.call, "kernel_info_request", {})
-                for kernel in self.kernels if kernel.process and kernel.is_busy}
-        concurrent.futures.wait(jobs.values(), timeout=1)
-        busy = [kernel for kernel, job in jobs.items() if not job.done()]
-        for kernel in busy:
-            jobs[kernel].interrupt("ShutdownError", "nobody waits for it any more")
-        if busy:
-            raise UsageError(f"{busy[0].name} is still busy; wait, or replace it with -s")
+        deadline = time.monotonic() + 1  # a widget's message takes a moment
+        for kernel in self.kernels:
+            while kernel.jobs and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if kernel.jobs:
+                raise UsageError(f"{kernel.name} is still busy; wait, or replace it with -s")
 
     def refuse_other_languages(self):
         """Raise UsageError if a kernel can't do what the options ask for."""
@@ -1544,26 +1422,15 @@ class Call(Collector):
                 job.add_done_callback(functools.partial(self.screen.call_soon, finish, kernel))
 
 
-def pickle_variables(values, protocol):
-    """Return variables pickled. Raises UsageError that names one that can't be."""
-    try:
-        return dumps(values, protocol)
-    except (Exception, SystemExit) as error:  # pickling may run any code
-        for name in values if len(values) > 1 else ():
-            pickle_variables({name: values[name]}, protocol)
-        text = " ".join(error_text(error).split())
-        raise UsageError(f"-p: can't pickle {', '.join(values)}: {text}") from None
-
-
 def short_list(kernels):
     """Return the names of kernels, but not a hundred of them."""
-    return textwrap.shorten(", ".join(kernel.name for kernel in kernels), 90, placeholder=" ...")
+    return textwrap.shorten(", ".join(kernel.name for kernel in kernels), 40, placeholder=" ...")
 
 
 # ---- the magic ------------------------------------------------------------
 
-@magics_class
-class RemoteExecMagics(Magics):
+@magic.magics_class
+class RemoteExecMagics(magic.Magics):
     """The magic ``%remote_exec``, and the kernels that it started."""
 
     startup_timeout = Float(60, help="Seconds that a kernel may take to start.").tag(config=True)
@@ -1571,22 +1438,18 @@ class RemoteExecMagics(Magics):
     def __init__(self, shell, **options):
         super().__init__(shell, **options)
         self.kernels: dict[str, Kernel] = {}  # by NAME; also those that were shut down
-        self.ends: set = set()   # futures of processes that are to end
-        self.loops: dict = {}    # asyncio loops of the provisioners, each in a thread of its own
-        self.lock = threading.Lock()  # kernels that start together share a loop and a directory
-        self.own_dir = None      # for Unix sockets
+        self.ends: list = []     # futures of processes that are to end
+        parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
+        self.session_dir = f"{parent}/rexec-{os.getpid()}-{uuid.uuid4().hex[:12]}"  # short: unix(7)
         self.context = zmq.Context(io_threads=2)
         self.context.max_sockets = self.context.get(zmq.SOCKET_LIMIT)
         self.pid, self.is_closed = os.getpid(), False
 
-    @no_var_expand
-    @needs_local_scope
-    @line_cell_magic
+    @magic.no_var_expand
+    @magic.needs_local_scope
+    @magic.line_cell_magic
     def remote_exec(self, line, cell=None, local_ns=None):
-        """Run code on one or many Jupyter kernels, and bring variables back.
-
-        A cell runs on two kernels at the same time, each reads a file of its own, and what comes
-        back is plotted. One of them then gets an object and returns another; both are shut down::
+        """Run code on one or many Jupyter kernels, and bring variables back::
 
             In [1]: filenames = {"kernel1": "a.txt", "kernel2": "b.txt"}
             In [2]: %%remote_exec -k kernel1=far:/data,kernel2=python3:/tmp -i filenames -o x,y
@@ -1596,14 +1459,14 @@ class RemoteExecMagics(Magics):
             In [4]: %remote_exec -k kernel1 -p threshold -o above -- above = x > threshold
             In [5]: %remote_exec -k kernel1,kernel2 -s
 
-        Kernels start when they are first named, and keep their state. Options come first; the rest
-        of the line is code, taken verbatim, ahead of the cell.
+        Kernels start when they are first named, run at the same time, and keep their state. Options
+        come first (-- ends them); the rest of the line is code, taken verbatim, ahead of the cell.
 
         -k, --kernels NAME[=SPEC][:DIRECTORY],...
-            NAME is the variable that has what comes back. SPEC picks the kernelspec (a part of its
-            name is enough, _ stands for anything), or is the .json connection file of a kernel that
-            runs already; the default is what NAME had last, else NAME. DIRECTORY is the working
-            directory over there from now on. `-k {names}` takes a string, or a list of strings.
+            NAME is the variable that has what comes back. SPEC picks the kernelspec (a part of it
+            is enough, _ stands for anything), or is the .json connection file of a running kernel;
+            the default is what NAME had last, else NAME. DIRECTORY is the working directory over
+            there from now on. `-k {names}` takes a string, or a list of strings.
         -o, --output NAMES     Variables to bring back, as attributes of NAME; needs no code.
         -i, --input NAMES      Local variables to put into the code, as str() writes them, wherever
                                {variable} stands. A dict is looked up by kernel NAME.
@@ -1613,15 +1476,13 @@ class RemoteExecMagics(Magics):
         -b, --background       Return when the code is on its way. Reading an attribute that it
                                brings waits for it, as does the next call that names the kernel.
         -l, --list             List the kernels that run, and the kernelspecs that there are.
-        --                     End the options.
 
         Ctrl-C interrupts the kernels; a second one gives the prompt back at once. What goes wrong
-        over there is a `RemoteError`, whose ``failures`` maps each NAME to (ename, evalue,
-        traceback); your own mistakes are a `UsageError`, before any code runs.
+        over there is a `RemoteError`, whose ``failures`` maps NAME to (ename, evalue, traceback);
+        your own mistakes are a `UsageError`, before any code runs.
         """
         if self.is_closed or os.getpid() != self.pid:
-            raise UsageError("its kernels belong to another process, or were shut down; "
-                             "%reload_ext remote_exec")
+            raise UsageError("its kernels are gone, or another process's; %reload_ext remote_exec")
         options, code = parse_line(line)
         code = "\n".join(part for part in (code, cell) if part)
         if "l" not in options:
@@ -1637,8 +1498,8 @@ class RemoteExecMagics(Magics):
                    if kernel.process]
         yield "running kernels:" if running else "running kernels:\n  none"
         for kernel, process in running:
-            state = "dead" if process.has_exited else kernel.run.state if kernel.run else (
-                "busy" if kernel.is_busy else "idle")
+            run, state = kernel.run, "busy" if kernel.jobs else "idle"
+            state = "dead" if process.has_exited else run.since if run and not run.done() else state
             yield f"  {kernel.name}  {kernel.spec}  {state}"
         yield "\n  ".join(["kernelspecs:", *sorted(self.kernelspecs.find_kernel_specs())])
 
@@ -1650,19 +1511,18 @@ class RemoteExecMagics(Magics):
         """Return the kernel that NAME stands for. Raises UsageError if it means something else."""
         kernel = self.kernels.get(name) or Kernel(self, name)
         value = self.shell.user_ns.get(name, getattr(builtins, name, kernel.namespace))
-        slot, is_ours = "_KernelNamespace__kernel", type(value).__name__ == "KernelNamespace"
-        ours = object.__getattribute__(value, slot) if is_ours else None
-        if not ours or ours.name != name:
+        is_ours = type(value).__name__ == "KernelNamespace"
+        ours = value._KernelNamespace__kernel if is_ours else None
+        if not is_ours or ours.name != name:
             raise UsageError(f"{name} is something else here; try my_{name}={spec or kernel.spec}")
         kernel = self.kernels.setdefault(name, kernel)  # another thread may have been first
         if ours.magics is not self:  # from before this module was reloaded
             kernel.namespace, kernel.spec = value, ours.spec
-            object.__setattr__(value, slot, kernel)
+            value._KernelNamespace__kernel = kernel
         return kernel
 
     def find_spec(self, kernel, spec, replace):
-        """Return the kernelspec or connection file that SPEC means. Raises UsageError if NAME runs
-        another one, which is not to be replaced."""
+        """Return the kernelspec or connection file that SPEC means. Raises UsageError."""
         wanted = spec or kernel.spec
         if kernel.process and wanted == kernel.spec:
             return kernel.spec
@@ -1677,29 +1537,12 @@ class RemoteExecMagics(Magics):
             raise UsageError(f"{kernel.name} runs {kernel.spec}; -s replaces it by {found}")
         return found
 
-    def loop(self, name):
-        """Return an asyncio loop, which runs until the extension is unloaded."""
-        with self.lock:
-            if name not in self.loops:
-                loop = self.loops[name] = asyncio.new_event_loop()
-                threading.Thread(
-                    target=lambda: (loop.run_forever(), loop.close()), daemon=True).start()
-            return self.loops[name]
-
     def runtime_dir(self):
-        """Return Jupyter's runtime directory, or our own where that can't be written."""
-        path = jupyter_runtime_dir()
-        with contextlib.suppress(OSError):
-            os.makedirs(path, mode=0o700, exist_ok=True)
-        return path if os.access(path, os.W_OK) else self.session_dir()
-
-    def session_dir(self):
-        """Return a directory of our own; its name is short, as a socket's must be (unix(7))."""
-        with self.lock:
-            if not os.path.isdir(self.own_dir or ""):  # there is none, or it was cleaned up
-                parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
-                self.own_dir = tempfile.mkdtemp("", f"rexec-{self.pid}-", parent)
-            return self.own_dir
+        """Return Jupyter's runtime directory, or the session's where that can't be written."""
+        for path in (self.session_dir, jupyter_runtime_dir()):
+            with contextlib.suppress(OSError):
+                os.makedirs(path, mode=0o700, exist_ok=True)
+        return path if os.access(path, os.W_OK) else self.session_dir
 
     def connection_config(self, kernelspec):
         """Return how a kernel is reached: local ipykernels over Unix sockets, where only the user
@@ -1708,38 +1551,33 @@ class RemoteExecMagics(Magics):
         is_local_ipykernel = "kernel_provisioner" not in kernelspec.metadata and (
             kernelspec.argv[1:3] in (["-m", "ipykernel_launcher"], ["-m", "ipykernel"]))
         if is_local_ipykernel and zmq.has("ipc") and not {"transport", "ip"} & set(users):
-            ours = {"transport": "ipc", "ip": f"{self.session_dir()}/{uuid.uuid4().hex[:8]}"}
+            ours = {"transport": "ipc", "ip": f"{self.session_dir}/{uuid.uuid4().hex[:8]}"}
         elif zmq.has("curve"):
             ours = {"transport_encryption": "auto"}  # ignored by older versions of jupyter_client
-        return Config(self.shell.config, KernelManager={**ours, **users})
+        return config.Config(self.shell.config, KernelManager={**ours, **users})
 
     def close(self):
         """Shut all kernels down, as the session ends."""
-        self.is_closed, kernels = True, list(self.kernels.values())
-        if os.getpid() != self.pid:  # a forked child: the files are its parent's
-            for kernel in kernels:
-                if kernel.process and kernel.process.owns_kernel:
-                    kernel.process.manager.connection_file = ""
-            return
+        if os.getpid() != self.pid:
+            return  # a forked child: the kernels are its parent's
         # A front end grants a notebook some 2.5 s.
         wait_time = AsyncKernelManager(config=self.shell.config).shutdown_wait_time
         limit, seconds = (2, 1.2) if hasattr(self.shell, "kernel") else (wait_time + 3, None)
         deadline = time.monotonic() + limit
         with contextlib.suppress(KeyboardInterrupt), Interrupts():
-            kernels = [kernel for kernel in kernels if kernel.thread.is_alive()]
+            kernels = [each for each in list(self.kernels.values()) if each.thread.is_alive()]
             for kernel in kernels:
                 kernel.abandon_jobs()
                 kernel.submit(kernel.screen, kernel.end, seconds)
-                kernel.is_closed = True  # its thread ends after that job
-                kernel.wake()
+            self.is_closed = True  # each thread ends after that job
             for kernel in kernels:
+                kernel.wake()
                 kernel.thread.join(max(0, deadline - time.monotonic()))
-            concurrent.futures.wait(list(self.ends), max(0, deadline - time.monotonic()))
-            if self.own_dir:
-                shutil.rmtree(self.own_dir, ignore_errors=True)
-            if not self.ends:
-                for loop in self.loops.values():
-                    loop.call_soon_threadsafe(loop.stop)
+            ends = concurrent.futures.wait(self.ends, max(0, deadline - time.monotonic()))
+            shutil.rmtree(self.session_dir, ignore_errors=True)
+            if not ends.not_done:
+                for kernel in kernels:
+                    kernel.loop.call_soon_threadsafe(kernel.loop.stop)
                 # (not in this thread: it waits for ever for a socket that somebody left open)
                 threading.Thread(target=self.context.term, daemon=True).start()
 
