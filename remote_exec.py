@@ -2,7 +2,7 @@
 
 `%load_ext remote_exec` registers the magic; its help page is `%remote_exec?`.
 Each kernel has a thread here, which starts it, talks to it and stops it in plain blocking code.
-What the user sees and says goes through the thread that called the magic.
+All output and all input go through the thread that called the magic.
 """
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def encodable(text, file):
 
 
 # ---- the remote side ------------------------------------------------------
-# Their source goes to every Python kernel, 3.6 or later, as `_remote_exec`; some serve here, too.
+# Sent to every Python kernel (3.6 or later) as the module `_remote_exec`; some are used here, too.
 
 class Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
@@ -120,7 +120,7 @@ class Unpickler(pickle.Unpickler):
 
 
 def without_gc(function, *arguments, **options):
-    """Call a function while the garbage collector, which many new containers start, is off."""
+    """Call a function without garbage collection, which many new objects would start in vain."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -253,7 +253,7 @@ def parse_targets(entries):
         if equals and not spec:
             raise UsageError(f"-k: no kernelspec after {head!r}")
         if name in targets:
-            raise UsageError(f"-k: {name} is there twice; write {name}2={spec or 'SPEC'}")
+            raise UsageError(f"-k: {name} is given twice; write {name}2={spec or 'SPEC'}")
         targets[name] = spec, directory
     return targets
 
@@ -266,8 +266,7 @@ def parse_seconds(text):
 
 
 def find_kernelspec(wanted, specs):
-    """Return the kernelspec that a user means: the exact name, else the only one that contains
-    it, else the only one that matches, ignoring case, with ``_`` for anything."""
+    """Return the kernelspec that a user means by its name, or by a part or pattern of no other."""
     pattern = re.compile(".*".join(map(re.escape, wanted.split("_"))), re.IGNORECASE)
     found = ([spec for spec in specs if spec == wanted.lower()]
              or sorted(spec for spec in specs if wanted in spec)
@@ -294,7 +293,7 @@ def substitute(code, name, values):
 # ---- what the user sees and says ------------------------------------------
 
 class Interrupts:
-    """Counts Ctrl-C (SIGINT) while it is entered, in the main thread, and raises it at the end."""
+    """In the main thread, counts each Ctrl-C (SIGINT) instead of raising it, until the end."""
 
     count = 0
     raises: str | None = None  # what to raise at once
@@ -318,7 +317,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def raising(self, text):
-        """Also raise it at once meanwhile, since a user's object may take any time."""
+        """Raise a Ctrl-C at once, with this text: a user's object may take any time."""
         try:
             self.raises = text
             yield
@@ -340,7 +339,7 @@ class Screen:
         self.notebook = getattr(shell, "kernel", None)  # the ipykernel of this notebook
         self.context = contextvars.copy_context()  # ipykernel keeps there which cell it is
         self.queue: collections.deque = collections.deque()
-        self.waiter: threading.Event | None = None  # of who waits, set by new items
+        self.waiter: threading.Event | None = None  # set by new items, while a thread waits
         self.file = sys.stdout   # the latest that was written to
         self.partial_lines = {}  # text without the end of its line, by (kernel, stream)
         self.status_display = None  # the status line, while there is one
@@ -372,7 +371,7 @@ class Screen:
             self.schedule()
 
     def move_to(self, screen):
-        """From now on, show where the output of another call belongs, which waits for it."""
+        """From now on, show the output under the cell of another call, which waits for it."""
         self.context, self.labelled = screen.context, self.labelled or screen.labelled
 
     def write(self, file, text):
@@ -495,8 +494,8 @@ class Widgets:
             self.comms.pop(comm_id).close(data, metadata, buffers)
 
     def capture(self, begins):
-        """Begin or end to capture here what an `Output` widget captures over there. Only while one
-        output shows: here, the outputs of all kernels have the same parent."""
+        """Begin or end the capture by an `Output` widget here, for one output that is captured over
+        there; not for longer, since here the outputs of all kernels have the same parent."""
         if self.active_outputs:
             flush()
             parent = self.kernel.magics.shell.kernel.get_parent()["header"]["msg_id"]
@@ -504,11 +503,14 @@ class Widgets:
                                           "state": {"msg_id": parent if begins else ""}})
 
     def send_to_kernel(self, kind, message):
-        """Pass a message of the front end on to the kernel, and wait until that has dealt with it,
-        as a local widget would, unless it is busy."""
+        """Pass a front end's message on; wait until the kernel has dealt with it, unless busy."""
         kernel, is_busy = self.kernel, bool(self.kernel.jobs)
+        if threading.current_thread() is not threading.main_thread():  # where Ctrl-C comes
+            loop, done = kernel.screen.notebook.io_loop.asyncio_loop, concurrent.futures.Future()
+            loop.call_soon_threadsafe(lambda: done.set_result(self.send_to_kernel(kind, message)))
+            return done.result()
         if kernel.widgets is not self or not kernel.language:
-            return  # that kernel is gone
+            return None  # that kernel is gone
         screen = Screen(kernel.magics.shell, kernel.screen.labelled)
         collector = Collector(screen, [kernel])
         job = kernel.submit(kernel.screen if is_busy else screen, kernel.call, kind,
@@ -539,21 +541,20 @@ def raise_open_files_limit():
 
 class Process:
     """A kernel's process, which a provisioner of jupyter_client launches, watches and ends; or one
-    that was attached to, of which just the connection file is known. Written by its thread."""
+    that was attached to: then only its connection file is known. Written by the kernel's thread."""
 
     def __init__(self, magics, loop, spec):
         """Raises what launching raises; `launched` is the future of the rest of it."""
         self.loop: asyncio.AbstractEventLoop = loop
         self.owns_kernel = not spec.endswith(".json")
-        self.exit_reason: str | None = None  # how the kernel ended, once that is known
-        self.last_poll = 0.0  # when that was asked
-        raise_open_files_limit()
-        # Not our own standard error, where what the process writes would show a second time.
+        self.exit_reason: str | None = None  # how it ended, if it did; `poll` writes it in the loop
+        self.last_poll = 0.0  # when the provisioner was last asked
+        # With our own standard error, what the process writes would show twice.
         runtime_dir = magics.runtime_dir()
         self.stderr = tempfile.TemporaryFile(dir=runtime_dir)
         if not self.owns_kernel:
             self.connection_file = spec
-            self.launched = self.latest_poll = self.run(asyncio.sleep(0))
+            self.launched = self.latest_poll = self.run_in_loop(asyncio.sleep(0))
             return
         depth = int(os.environ.get("REMOTE_EXEC_DEPTH", 0)) + 1
         if depth > 2:
@@ -565,11 +566,11 @@ class Process:
             config=magics.connection_config(found), connection_file=self.connection_file,
             context=zmq.asyncio.Context.shadow(magics.context.underlying),
             log=logging.Logger("remote_exec", logging.CRITICAL + 1))  # its errors are raised
-        self.launched = self.latest_poll = self.run(self.manager.start_kernel(
+        self.launched = self.latest_poll = self.run_in_loop(self.manager.start_kernel(
             stdout=subprocess.DEVNULL, stderr=self.stderr,
             env={**os.environ, "REMOTE_EXEC_DEPTH": str(depth)}))
 
-    def run(self, coroutine):
+    def run_in_loop(self, coroutine):
         """Run a coroutine in the loop of the provisioner; return its future."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
@@ -629,12 +630,12 @@ class Connection:
         self.context = zmq.Context.shadow(context.underlying)  # has socket options of its own
         self.context.rcvhwm = self.context.sndhwm = 0  # drop nothing, never block
         self.wake_receiver: socket.socket = wake_receiver
-        self.client: KernelClient | None = None   # knows what the connection file says
-        self.address: dict = {}                   # the part of it that counts
+        self.client: KernelClient | None = None   # made from the connection file
+        self.address: dict = {}                   # what that file said
         self.sockets: dict[str, zmq.Socket] = {}  # by channel
         self.last_message = self.last_ping = 0.0
         self.silent_since: str | None = None  # the time of day, while the heartbeat is missing
-        self.disconnected = False             # since the kernel was last seen to work
+        self.disconnected = False             # until a request tells that the kernel works
 
     def connect_if_changed(self, path):
         """Connect, if the connection file names another address; return if so. (An ipykernel may
@@ -682,15 +683,13 @@ class Connection:
         ready = dict(poller.poll(None if seconds is None else seconds * 1000))
         if self.wake_receiver.fileno() in ready:
             self.wake_receiver.recv(4096)
-        for channel, each in list(self.sockets.items()):
-            if each not in ready or each.closed:
-                continue
+        for channel in [name for name, each in self.sockets.items() if each in ready]:
             if channel == "monitor":
                 self.disconnected = True
             else:
                 self.last_message = time.monotonic()
             with contextlib.suppress(Exception):  # no message, or not signed by this kernel
-                message = self.client.session.recv(each, copy=False)[1]
+                message = self.client.session.recv(self.sockets[channel], copy=False)[1]
                 if message:
                     yield channel, message
 
@@ -710,7 +709,7 @@ class Connection:
 # ---- a kernel -------------------------------------------------------------
 
 class Job(concurrent.futures.Future):
-    """Something that a kernel's thread does, and why it should stop doing it."""
+    """Work for a kernel's thread, its outcome, and the reason to interrupt it, if there is one."""
 
     def __init__(self, screen, function):
         super().__init__()
@@ -750,16 +749,16 @@ class Request:
         self.reply: dict | None = None if has_reply else {}  # its content
         self.outputs: tuple | None = None    # (parts, failures, buffers), see `publish`
         self.failure: Failure | None = None
-        self.held: list = []                 # (time, function, ...) from the latest error on
+        self.held: list = []                 # outputs since the latest error: (time, function, ...)
         self.question: tuple | None = None   # (prompt, whether it asks for a password)
         self.answer: str | None = None       # also written by the user's thread
         self.interrupt_sent: float | None = None
         self.interrupt_answered = True       # or there is no reply to wait for
-        self.probe_id: str = "none yet"      # of a later request that tells what was lost
+        self.probe_id: str = "none yet"      # of a later request: its reply shows ours was lost
         self.probe_sent = 0.0
 
     def fail(self, ename, evalue, traceback=()):
-        self.failure = self.failure or Failure(str(ename) or "Error", str(evalue), traceback)
+        self.failure = self.failure or Failure(str(ename) or "Error", str(evalue), list(traceback))
 
     def handle_message(self, channel, message):
         """Update this request from a message; return False if it may be an output."""
@@ -796,13 +795,13 @@ class Request:
 
 
 class Kernel:
-    """What NAME stands for: a process somewhere, and a thread here that talks to it. That writes
-    the fields, unless they say otherwise."""
+    """What NAME stands for: a process somewhere, and a thread here that talks to it. That thread
+    writes the fields, unless their comment names another."""
 
     def __init__(self, magics, name):
         self.magics, self.name, self.namespace = magics, name, KernelNamespace(self)
         self.spec: str = name
-        self.lock = threading.Lock()   # held by a call, which also writes the next two fields
+        self.lock = threading.RLock()  # held by a call, which also writes the next two fields
         self.run: Job | None = None    # what runs in the background, until it is collected
         self.screen = Screen(magics.shell, labelled=False)  # of the latest call
         self.jobs: collections.deque[Job] = collections.deque()  # the first is being done
@@ -813,7 +812,7 @@ class Kernel:
         self.reset()
 
     def reset(self):
-        """There is no process."""
+        """Forget the process and all that is known of it."""
         self.process: Process | None = None
         self.connection = Connection(self.magics.context, self.wake_receiver)
         self.language: str | None = None     # once it has answered
@@ -825,10 +824,12 @@ class Kernel:
 
     def submit(self, screen, function, *arguments, **options):
         """Return the job that calls one of the methods below in the kernel's thread."""
+        if not self.thread.is_alive():  # (in the thread, what raises here would end it)
+            self.loop = loop = asyncio.new_event_loop()
+            threading.Thread(target=lambda: (loop.run_forever(), loop.close()), daemon=True).start()
+            self.thread.start()
         job = Job(screen, functools.partial(function, *arguments, **options))
         self.jobs.append(job)
-        if not self.thread.is_alive():
-            self.thread.start()
         self.wake()
         return job
 
@@ -845,8 +846,6 @@ class Kernel:
 
     def run_jobs(self):
         """Do one job after the other; listen in between."""
-        self.loop = loop = asyncio.new_event_loop()
-        threading.Thread(target=lambda: (loop.run_forever(), loop.close()), daemon=True).start()
         while self.jobs or not self.magics.is_closed:
             if not self.jobs:
                 self.receive(None)
@@ -858,7 +857,7 @@ class Kernel:
                 outcome = job.function(), None
             except BaseException as error:
                 outcome = None, error
-                if self.process and self.process.exit_reason:
+                if self.process and self.process.exit_reason and not job.interrupt_reason:
                     self.end()
             self.jobs.popleft()
             job.finish(*outcome)
@@ -974,18 +973,18 @@ class Kernel:
             return  # an output of another client
         is_ours = request is not None and request.msg_id == parent.get("msg_id")
         screen = self.jobs[0].screen if is_ours else self.screen
-        call = self.widgets.show, screen, kind, content, message["metadata"], message["buffers"]
+        item = self.widgets.show, screen, kind, content, message["metadata"], message["buffers"]
         if is_ours and (kind == "error" or request.held):
             if kind == "error":
                 self.show_held(request)
-            request.held.append((time.monotonic(), *call))
+            request.held.append((time.monotonic(), *item))
         else:
-            screen.call_soon(*call)
+            screen.call_soon(*item)
 
     def show_held(self, request):
         """Show an error that was not the end of the code, and what came after it."""
-        for _, *call in request.held:
-            self.jobs[0].screen.call_soon(*call)
+        for _, *item in request.held:
+            self.jobs[0].screen.call_soon(*item)
         request.held = []
 
     def notify(self, text):
@@ -1051,7 +1050,7 @@ class Kernel:
         return self.execute("", function, *arguments, **more)
 
     def check_interrupt(self, request):
-        """Interrupt the code if there is a reason to; not before it has begun, which would be lost,
+        """Interrupt the code if there is a reason to. Not before it has begun: that would be lost,
         or hit another client's code. Send a signal if no reply comes, as ipykernel 5 needs it."""
         now, job, owns_kernel = time.monotonic(), self.jobs[0], self.process.owns_kernel
         if now > job.deadline and not (self.language and request.reply):
@@ -1071,21 +1070,21 @@ class Kernel:
         elif not request.interrupt_answered and now - request.interrupt_sent > REPLY_TIMEOUT:
             request.interrupt_answered = True
             if owns_kernel:
-                self.process.run(self.process.manager.signal_kernel(signal.SIGINT))
+                self.process.run_in_loop(self.process.manager.signal_kernel(signal.SIGINT))
         if ename == "TimeoutError" and waited > INTERRUPT_TIMEOUT:
             text = f"{evalue}, but ignores the interrupt; -s replaces it"
             job.finish(None, KernelError(ename, text))  # and stays busy
 
     def check_alive(self):
         """Raise KernelError if the kernel has died. Silence is no death, since a network may be
-        away: then the loop asks, which may take long."""
+        away: then the provisioner is asked, in its loop, since that may take long."""
         process, connection, now = self.process, self.connection, time.monotonic()
         connection.check_heartbeat()
         is_silent = now - connection.last_message > POLL_AFTER or connection.disconnected
         if process.exit_reason is None and process.latest_poll.done() and (
                 process.has_exited or is_silent and now - process.last_poll > POLL_INTERVAL):
             process.last_poll = now
-            process.latest_poll = process.run(process.poll(connection.client))
+            process.latest_poll = process.run_in_loop(process.poll(connection.client))
         if process.exit_reason and now - connection.last_message > 0.2:  # all messages have come
             hint = "the next cell that names it starts it anew" if process.owns_kernel else (
                 "it was not started here")
@@ -1107,7 +1106,7 @@ class Kernel:
 class KernelNamespace:
     """What came back from one kernel: its attributes are the variables."""
 
-    # (the mangled name of the slot leaves every other name to the variables)
+    # (the slot has a mangled name, so that variables may have any other)
     __slots__ = ("__dict__", "__weakref__", "__kernel")
 
     def __init__(self, kernel):
@@ -1145,14 +1144,15 @@ class Collector:
 
     def __init__(self, screen, kernels):
         self.screen, self.kernels, self.interrupts = screen, kernels, Interrupts()
+        self.screens = {screen}  # also of earlier calls, which may have late output to show
 
     def wait(self, jobs, doing="waiting for", interrupt=True):
         """Wait for jobs; show and ask what their kernels publish and ask. The first Ctrl-C
         interrupts them (without ``interrupt``: is raised), the second one ends the waiting."""
         begin = last_status = time.monotonic()
         news = threading.Event()
-        screens = {self.screen, *(kernel.screen for kernel in self.kernels)}  # and of earlier calls
-        for screen in screens:
+        self.screens.update(kernel.screen for kernel in self.kernels)
+        for screen in self.screens:
             screen.waiter = news
         for job in jobs.values():
             job.add_done_callback(lambda _: news.set())
@@ -1160,15 +1160,16 @@ class Collector:
             while True:
                 # (first the jobs: a job is done after its outputs are queued)
                 waiting = [kernel for kernel, job in jobs.items() if not job.done()]
-                for screen in screens:
+                for screen in self.screens:
                     screen.process_queue()
                 if self.interrupts.count and waiting and not interrupt:
                     raise KeyboardInterrupt(f"{short_list(waiting)} not waited for")
                 for kernel in waiting if self.interrupts.count else ():
-                    jobs[kernel].interrupt("KeyboardInterrupt", "stopped")
+                    for job in tuple(kernel.jobs):  # a widget's may be ahead of ours
+                        job.interrupt("KeyboardInterrupt", "stopped")
                 if self.interrupts.count > 1:
                     break
-                if any(screen.queue for screen in screens):
+                if any(screen.queue for screen in self.screens):
                     continue
                 if not waiting:
                     break
@@ -1180,7 +1181,7 @@ class Collector:
                 news.wait(0.1)
                 news.clear()
         finally:
-            for screen in screens:
+            for screen in self.screens:
                 screen.waiter = None
                 if screen.queue:
                     screen.schedule()
@@ -1188,12 +1189,12 @@ class Collector:
             flush()
 
     def answer_question(self, kernel):
-        """Ask the user what the code of a kernel asks, if it does."""
+        """Ask the user what the code of a kernel asks, if it does. (`wait` passes Ctrl-C on.)"""
         request = kernel.request
-        if request and request.question and request.answer is None and not self.interrupts.count:
-            # (a Ctrl-C is counted, and passed on by `wait`)
+        question = request and request.question  # its thread may withdraw it at any time
+        if question and request.answer is None and not self.interrupts.count:
             with contextlib.suppress(KeyboardInterrupt), self.interrupts.raising("asked"):
-                request.answer = self.screen.ask(kernel.name, *request.question)
+                request.answer = self.screen.ask(kernel.name, *question)
             kernel.wake()
 
     def show_status(self, waiting, doing, seconds):
@@ -1207,10 +1208,13 @@ class Collector:
             self.screen.show_status(text + (f"; ready: {ready}" if ready else ""))
 
     def collect(self, jobs, doing="waiting for", interrupt=True):
-        """Wait for jobs, load what they bring. Raises RemoteError; after a Ctrl-C just shows it."""
+        """Wait for jobs, load their outputs. Raises RemoteError (after Ctrl-C: only shows it)."""
         self.wait(jobs, doing, interrupt)
         failures, stopped = {}, {}
         for kernel, job in jobs.items():
+            is_run = kernel.run is job
+            if is_run:  # in the background; what is loaded may read its attributes
+                kernel.run = None
             try:
                 if not job.done():
                     raise KernelError("KeyboardInterrupt", "still busy, -s replaces it")
@@ -1224,10 +1228,8 @@ class Collector:
                     stopped.setdefault(failure.evalue, []).append(kernel.name)
                 else:
                     failures[kernel.name] = failure
-                if isinstance(error, KeyboardInterrupt):
-                    continue  # what was not loaded can be collected again
-            if kernel.run is job:  # it ran in the background, and is collected now
-                kernel.run = None
+                if is_run and isinstance(error, KeyboardInterrupt) and self.interrupts.count:
+                    kernel.run = job  # what was not loaded can be collected again
         error = RemoteError(failures, self.screen.labelled)
         if failures and not self.interrupts.count:
             raise error
@@ -1263,7 +1265,7 @@ class Collector:
             raise KernelError(ename, "; ".join([evalue, *map(": ".join, rest)]))
 
     def lock_kernels(self, stack):
-        """Wait until no other thread's call uses these kernels; -s ends what does."""
+        """Lock the kernels, as soon as no other thread's call uses them; -s ends such a call."""
         for kernel in sorted(self.kernels, key=lambda kernel: kernel.name):  # never in a circle
             while not kernel.lock.acquire(timeout=0.1):
                 if self.restart:
@@ -1274,24 +1276,27 @@ class Collector:
 
     def finish_when_read(self):
         """Wait for the run of which an attribute is read. Ctrl-C ends just the waiting."""
+        runs = {kernel: kernel.run for kernel in self.kernels if kernel.run}
         with self.interrupts, contextlib.ExitStack() as stack:
+            for kernel in runs:
+                kernel.screen.move_to(self.screen)
+            self.wait(runs, interrupt=False)  # without the locks: a call may end the runs
             self.lock_kernels(stack)
-            for kernel in self.kernels:
-                if kernel.run:  # else another thread has collected it
-                    kernel.screen.move_to(self.screen)
-                    self.collect({kernel: kernel.run}, interrupt=False)
+            self.collect({kernel: run for kernel, run in runs.items() if kernel.run is run})
 
     def finish_between_cells(self, kernel, run):
-        """Load what a run brought, unless a call does; show its failure, which is raised all the
-        same by who names the kernel next."""
-        if kernel.lock.locked() or kernel.run is not run:
+        """Load what a run brought, unless a call does that; show its failure, which the next call
+        that names the kernel still raises."""
+        if self.screen.waiter or kernel.run is not run:
             return
         try:
             self.finish_when_read()
         except KeyboardInterrupt:
             pass
         except RemoteError as error:
-            kernel.run = run
+            kernel.run = Job(self.screen, None)  # with the failure alone
+            kernel.run.names = run.names
+            kernel.run.finish(None, KernelError(*error.failures[kernel.name]))
             self.screen.shell.showtraceback((RemoteError, error, None))
 
 
@@ -1359,9 +1364,14 @@ class Call(Collector):
                         kernel.screen.move_to(screen)
                         kernel.run.set_timeout(self.timeout)
                 self.collect({kernel: kernel.run for kernel in kernels if kernel.run})
-                self.refuse_busy()
-            for kernel in kernels:
-                kernel.screen = screen
+                left = [job for each in kernels for job in tuple(each.jobs) if job.interrupt_reason]
+                concurrent.futures.wait(left, timeout=1)  # of an earlier call, which waits no more
+                for each in kernels:
+                    is_left = any(job.interrupt_reason for job in tuple(each.jobs))
+                    if is_left and not (each.process and each.process.has_exited):
+                        raise UsageError(f"{each.name} is still busy; wait, or replace it with -s")
+            for kernel in kernels:  # in the background each has its own, see `move_to`
+                kernel.screen = Screen(screen.shell, screen.labelled) if self.background else screen
             if self.shutdown_only:
                 return
             timeout = self.magics.startup_timeout + (len(kernels) - 1) / 2  # on few processors
@@ -1375,7 +1385,7 @@ class Call(Collector):
                     buffers=pushed if kernel.protocol == 5 else self.pickle(self.pushed, 4))
                 for kernel, (_, directory, _) in plans.items() if directory or pushed}, "preparing")
             pushed = None  # may be large
-            jobs = {kernel: kernel.submit(screen, kernel.run_code, code, self.outputs)
+            jobs = {kernel: kernel.submit(kernel.screen, kernel.run_code, code, self.outputs)
                     for kernel, (_, _, code) in plans.items()}
             if self.background:
                 return self.leave_in_background(jobs)
@@ -1394,15 +1404,6 @@ class Call(Collector):
             text = " ".join(error_text(error).split())
             raise UsageError(f"-p: can't pickle {', '.join(values)}: {text}") from None
 
-    def refuse_busy(self):
-        """Raise UsageError if a kernel is still busy with what nobody waits for any more."""
-        deadline = time.monotonic() + 1  # a widget's message takes a moment
-        for kernel in self.kernels:
-            while kernel.jobs and time.monotonic() < deadline:
-                time.sleep(0.01)
-            if kernel.jobs:
-                raise UsageError(f"{kernel.name} is still busy; wait, or replace it with -s")
-
     def refuse_other_languages(self):
         """Raise UsageError if a kernel can't do what the options ask for."""
         for kernel, (_, directory, _) in self.plans.items():
@@ -1418,12 +1419,12 @@ class Call(Collector):
             job.names, job.since = self.outputs, time.strftime("running since %X")
             kernel.run = job
             if self.screen.notebook:
-                finish = Collector(self.screen, [kernel]).finish_between_cells
-                job.add_done_callback(functools.partial(self.screen.call_soon, finish, kernel))
+                finish = Collector(kernel.screen, [kernel]).finish_between_cells
+                job.add_done_callback(functools.partial(kernel.screen.call_soon, finish, kernel))
 
 
 def short_list(kernels):
-    """Return the names of kernels, but not a hundred of them."""
+    """Return the names of kernels, as many as fit into a line."""
     return textwrap.shorten(", ".join(kernel.name for kernel in kernels), 40, placeholder=" ...")
 
 
@@ -1437,6 +1438,7 @@ class RemoteExecMagics(magic.Magics):
 
     def __init__(self, shell, **options):
         super().__init__(shell, **options)
+        raise_open_files_limit()
         self.kernels: dict[str, Kernel] = {}  # by NAME; also those that were shut down
         self.ends: list = []     # futures of processes that are to end
         parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
@@ -1482,7 +1484,7 @@ class RemoteExecMagics(magic.Magics):
         your own mistakes are a `UsageError`, before any code runs.
         """
         if self.is_closed or os.getpid() != self.pid:
-            raise UsageError("its kernels are gone, or another process's; %reload_ext remote_exec")
+            raise UsageError("the kernels are gone, or another process's; %reload_ext remote_exec")
         options, code = parse_line(line)
         code = "\n".join(part for part in (code, cell) if part)
         if "l" not in options:
@@ -1511,9 +1513,8 @@ class RemoteExecMagics(magic.Magics):
         """Return the kernel that NAME stands for. Raises UsageError if it means something else."""
         kernel = self.kernels.get(name) or Kernel(self, name)
         value = self.shell.user_ns.get(name, getattr(builtins, name, kernel.namespace))
-        is_ours = type(value).__name__ == "KernelNamespace"
-        ours = value._KernelNamespace__kernel if is_ours else None
-        if not is_ours or ours.name != name:
+        ours = value._KernelNamespace__kernel if type(value).__name__ == "KernelNamespace" else None
+        if ours is None or ours.name != name:
             raise UsageError(f"{name} is something else here; try my_{name}={spec or kernel.spec}")
         kernel = self.kernels.setdefault(name, kernel)  # another thread may have been first
         if ours.magics is not self:  # from before this module was reloaded

@@ -18,9 +18,7 @@ import copy
 import ctypes
 import faulthandler
 import gc
-import importlib.metadata
 import importlib.util
-import inspect
 import io
 import json
 import os
@@ -35,7 +33,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import warnings
@@ -52,12 +49,12 @@ from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from jupyter_client import BlockingKernelClient, KernelManager
-from jupyter_core.paths import jupyter_runtime_dir
 from traitlets.config import Config
 
 import remote_exec as rx
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::PendingDeprecationWarning")
 
 WORK = tempfile.TemporaryDirectory()  # what appears there is ours, whoever else runs
 for variable, folder in (("JUPYTER_RUNTIME_DIR", "r"), ("TMPDIR", "t")):
@@ -66,7 +63,6 @@ for variable, folder in (("JUPYTER_RUNTIME_DIR", "r"), ("TMPDIR", "t")):
 _pytest.runner._update_current_test_var = lambda *_: None  # ipykernel behaves otherwise by it
 HERE = pathlib.Path(__file__).parent
 README = (HERE / "README.md").read_text(encoding="utf-8")
-LIMIT = 120  # seconds that a test may take
 LAUNCH = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 SSH_HOST = os.environ.get("REMOTE_EXEC_SSH_HOST")
 SSH_LINK = os.environ.get("REMOTE_EXEC_SSH_LINK")
@@ -84,11 +80,7 @@ class Inside:
     options_and_code = staticmethod(rx.parse_line)  # of a line, the options by letter
     find_kernelspec = staticmethod(rx.find_kernelspec)
     substitute = staticmethod(rx.substitute)
-
-    @staticmethod
-    def directories(pid):
-        """Return the directories of the session whose process that is."""
-        return set(map(str, pathlib.Path("/dev/shm").glob(f"rexec-{pid}-*")))
+    directories = "rexec-{}-*"  # of a session, by its pid, in /dev/shm
 
 
 class Session:
@@ -166,6 +158,9 @@ class Session:
         self.ok(f"-k {name} -o value value = {expression}")
         return vars(self.ns[name]).pop("value")
 
+    def connection_file(self, name):
+        return pathlib.Path(self.there(name, "__import__('ipykernel').get_connection_file()"))
+
     def in_thread(self, *lines):
         """Return the future of calls that are made in a thread of their own."""
         return THREADS.submit(lambda: [
@@ -177,36 +172,28 @@ class Session:
             self.shell.run_line_magic("remote_exec", "-l")
         return dict(re.findall(r"(?m)^  (\w+)  \S+  (.+)$", shown.stdout))
 
-    def load(self, what):
-        getattr(self.shell.extension_manager, f"{what}_extension")("remote_exec")
-
-    def startup_timeout(self, seconds):
-        self.shell.run_line_magic("config", f"RemoteExecMagics.startup_timeout = {seconds}")
+    def configure(self, startup_timeout=60, **manager):
+        """Set this trait of the magic, and those of the user's `c.KernelManager`."""
+        self.shell.run_line_magic("config", f"RemoteExecMagics.startup_timeout = {startup_timeout}")
+        self.shell.config.KernelManager = Config(manager)
 
 
 THREADS = concurrent.futures.ThreadPoolExecutor(8)
 
 
-@pytest.fixture(scope="module")
-def the_session():
-    session = Session()
-    yield session
-    session.load("unload")
-
-
 @pytest.fixture
-def session(the_session, tmp_path):
+def session(tmp_path):
     """The session, with the long-lived kernels `a` and `b`, and no others. Its variables are
     pieces of code: `press` presses Ctrl-C here, `begun` makes the file `session.begun`, `wait`
     takes a minute, `gate` waits for `session.open()`, and `stubborn` too, ignoring interrupts."""
-    session = the_session
+    session = Session()
+    session.configure()
     session.run(f"-k {','.join({*session.running()} - {'a', 'b'}) or 'c'} -s")
     session.run("-k a=python3,b=python3 -t 20")
     if session.error:
         session.ok("-k a=python3,b=python3 -s pass")
     vars(session.a).clear()
     vars(session.b).clear()
-    session.startup_timeout(60)
     session.begun, session.open = tmp_path / "begun", (tmp_path / "open").touch
     before = set(session.ns)
     session.ns.update(
@@ -232,16 +219,9 @@ def time_limit(request):
     if bench and "bench" not in request.config.option.markexpr:
         pytest.skip("figures: pytest -m bench -s")
     signal.signal(signal.SIGALRM, fail)
-    signal.alarm(0 if bench else LIMIT)
+    signal.alarm(0 if bench else 120)
     yield
     signal.alarm(0)
-
-
-@pytest.fixture
-def manager_config(session, monkeypatch):
-    """Sets the user's `c.KernelManager` for this test only."""
-    return lambda **values: monkeypatch.setitem(
-        session.shell.config, "KernelManager", Config(**values))
 
 
 # ---- other kernels, notebooks and sessions --------------------------------
@@ -268,6 +248,74 @@ class OthersKernel(contextlib.AbstractContextManager):
         self.close(now=True)
 
 
+@pytest.fixture
+def other(session):
+    """Such a kernel; `far` is attached to it."""
+    with OthersKernel() as other:
+        session.ok(f"-k far={other.file} 1")
+        yield other
+
+
+class Line(OthersKernel):
+    """Such a kernel, behind a network that can be cut, and hold back what is published."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.passes, self.ends = threading.Event(), []
+        self.passes.set()
+        info = json.loads(pathlib.Path(self.file).read_text())
+        for port in ("shell_port", "iopub_port"):
+            server = socket.create_server(("127.0.0.1", 0))
+            threading.Thread(target=self.accept, daemon=True, args=(
+                server, info[port], port == "iopub_port")).start()
+            info[port] = server.getsockname()[1]
+        self.file = folder / "line.json"
+        self.file.write_text(json.dumps(info))
+
+    def accept(self, server, port, held):
+        with contextlib.suppress(ConnectionRefusedError):  # the kernel has ended
+            while True:
+                near = server.accept()[0]
+                self.passes.wait()
+                far = socket.create_connection(("127.0.0.1", port))
+                self.ends += [near, far]
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self.pump, args=(*ends, held), daemon=True).start()
+
+    def pump(self, source, target, held):
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: source.recv(65536), b""):
+                if held:
+                    self.passes.wait()
+                target.sendall(data)
+
+    def hold(self, seconds):
+        """Let what the kernel publishes meanwhile come so late."""
+        self.passes.clear()
+        threading.Timer(seconds, self.passes.set).start()
+
+    def lose_reply(self, session):
+        """Cut it when code has `begun`, losing what is on its way, and let the kernel go on;
+        mend it when the kernel has answered."""
+        until(session.begun.exists)
+        self.passes.clear()
+        for end in self.ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        session.open()
+        self.client.kernel_info(reply=True, timeout=30)
+        self.passes.set()
+
+
+@pytest.fixture
+def line(session, tmp_path):
+    """The network to `far`."""
+    with Line(tmp_path) as line:
+        session.ok(f"-k far={line.file} 1")
+        vars(session.far).clear()
+        yield line
+
+
 class Notebook(OthersKernel):
     """A real local kernel, driven by a client as a notebook does. A cell, and the move of a
     widget, is known by the id of its request; what comes of it are messages."""
@@ -276,10 +324,8 @@ class Notebook(OthersKernel):
         super().__init__(  # no port that another one may take
             transport="ipc", ip=os.path.join(tempfile.mkdtemp(), "s"))
         self.log, self.answers = [], []  # all that it published; for its questions
+        self.start = self.client.execute  # returns the id of the cell
         self.run("%load_ext remote_exec")
-
-    def start(self, code):
-        return self.client.execute(code, allow_stdin=True)
 
     def until(self, condition):
         """Listen until something holds, a minute at most."""
@@ -292,12 +338,11 @@ class Notebook(OthersKernel):
                 self.prompts.append(self.client.get_stdin_msg()["content"]["prompt"])
                 self.client.input(self.answers.pop(0))
 
-    def under(self, cell, *kinds):
-        return [each for each in self.log if each["parent_header"].get("msg_id") == cell
-                and (not kinds or each["msg_type"] in kinds)]
+    def under(self, cell):
+        return [each for each in self.log if each["parent_header"].get("msg_id") == cell]
 
     def text(self, cell):
-        return "".join(each["content"]["text"] for each in self.under(cell, "stream"))
+        return "".join(each["text"] for each in contents(self.under(cell), "stream"))
 
     def end(self, cell, answers=()):
         """Return the messages of a cell that runs to its end; `answers` go to its questions."""
@@ -333,14 +378,6 @@ class Notebook(OthersKernel):
         cell = self.start(f"%remote_exec -b {line}")
         self.end(cell)
         return cell
-
-    def interrupt(self, cell):
-        """Return the line of a cell that a Ctrl-C ends."""
-        self.manager.interrupt_kernel()
-        self.end(cell)
-        reply = self.reply(cell)
-        assert reply["ename"] == "KeyboardInterrupt"
-        return reply["evalue"]
 
     def widgets(self, kernels, code):
         """Return the messages of a cell that makes widgets on kernels, and names their `ids`."""
@@ -401,16 +438,11 @@ class Runs(str):
         return exec, (str(self),)
 
 
-def body(function, **values):
-    """Return the source of a function's body, as a script in which these names have values."""
-    head = "".join(f"{name} = {value!r}\n" for name, value in values.items())
-    return head + textwrap.dedent(inspect.getsource(function).partition(":\n")[2])
-
-
-def ipython(*arguments, before=None, cwd=HERE, **environment):
+def ipython(*lines, load="%load_ext remote_exec", before=None, cwd=HERE, **environment):
     """Return what came of an IPython of its own, which calls `before` when it starts."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "IPython", "--colors=NoColor", "--no-term-title", *arguments],
+        [sys.executable, "-m", "IPython", "--colors=NoColor", "--no-term-title", "-c",
+         "\n".join([load, *lines])],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=str(cwd),
         env={**os.environ, **environment}, preexec_fn=before)
     try:
@@ -418,84 +450,6 @@ def ipython(*arguments, before=None, cwd=HERE, **environment):
     finally:
         process.kill()
     return process
-
-
-def script(*lines):
-    return "-c", "\n".join(["%load_ext remote_exec", *lines])
-
-
-def run_with_nbclient(*cells, **options):
-    """Return the notebook of these cells, run."""
-    import nbclient
-    import nbformat
-    notebook = nbformat.v4.new_notebook(cells=[
-        nbformat.v4.new_code_cell(text) for text in ("%load_ext remote_exec", *cells)])
-    return nbclient.execute(notebook, str(HERE), kernel_name="python3", timeout=60, **options)
-
-
-class Line(OthersKernel):
-    """Such a kernel, behind a network that can be cut, and hold back what is published."""
-
-    def __init__(self, folder):
-        super().__init__()
-        self.up, self.flows, self.ends = threading.Event(), threading.Event(), []
-        self.up.set()
-        self.flows.set()
-        info = json.loads(pathlib.Path(self.file).read_text())
-        for port, passes in (("shell_port", self.up), ("iopub_port", self.flows)):
-            server = socket.create_server(("127.0.0.1", 0))
-            threading.Thread(
-                target=self.accept, args=(server, info[port], passes), daemon=True).start()
-            info[port] = server.getsockname()[1]
-        self.file = folder / "line.json"
-        self.file.write_text(json.dumps(info))
-
-    def accept(self, server, port, passes):
-        with contextlib.suppress(ConnectionRefusedError):  # the kernel has ended
-            while True:
-                near = server.accept()[0]
-                self.up.wait()
-                far = socket.create_connection(("127.0.0.1", port))
-                self.ends += [near, far]
-                for ends in ((near, far, self.up), (far, near, passes)):
-                    threading.Thread(target=self.pump, args=ends, daemon=True).start()
-
-    def pump(self, source, target, passes):
-        with contextlib.suppress(OSError):
-            for data in iter(lambda: source.recv(65536), b""):
-                passes.wait()
-                target.sendall(data)
-
-    @contextlib.contextmanager
-    def holding(self, seconds):
-        """Let what the kernel publishes meanwhile come so late."""
-        self.flows.clear()
-        timer = threading.Timer(seconds, self.flows.set)
-        timer.start()
-        yield
-        timer.cancel()
-        self.flows.set()
-
-    def lose_reply(self, begun, over):
-        """Cut it when `begun` is there, losing what is on its way, and let the kernel go on by
-        `over`; mend it when the kernel has answered."""
-        until(begun.exists)
-        self.up.clear()
-        for end in self.ends:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        over.touch()
-        self.client.kernel_info(reply=True, timeout=30)
-        self.up.set()
-
-
-@pytest.fixture
-def line(session, tmp_path):
-    """The network to `far`."""
-    with Line(tmp_path) as line:
-        session.ok(f"-k far={line.file} 1")
-        vars(session.far).clear()
-        yield line
 
 
 # ---- what tests ask of the machine ----------------------------------------
@@ -527,23 +481,24 @@ def children():
 
 def files(pid=os.getpid()):
     """Return the files of kernels, and the directories of that session."""
-    return {*map(str, pathlib.Path(WORK.name).glob("r/*")), *Inside.directories(pid)}
+    return {*pathlib.Path(WORK.name).glob("r/*"),
+            *pathlib.Path("/dev/shm").glob(Inside.directories.format(pid))}
 
 
-class Opened:
-    """The numbers of our open files, threads and files on disk, when they have come to rest."""
+def turns_that_leak_nothing(count):
+    """Count turns. After the last one there are, soon (ZMQ closes its own beside us), no more open
+    files, threads and files on disk than when all had come to rest after the first."""
+    seen = []
 
-    def __init__(self):
-        seen = []
-        until(lambda: seen.append(self.now()) or seen[-25:] == [seen[-1]] * 25)
-        self.before = seen[-1]
-
-    def now(self):
-        return len(os.listdir("/proc/self/fd")), threading.active_count(), len(files())
-
-    def is_no_more(self):
-        """Return whether there are, soon, no more than before: ZMQ closes its own beside us."""
-        return until(lambda: all(now <= was for now, was in zip(self.now(), self.before)))
+    def look():
+        seen.append(
+            (len(os.listdir("/proc/self/fd")), threading.active_count(), len(files())))
+        return seen
+    yield 0
+    assert until(lambda: look()[-25:] == [seen[-1]] * 25)
+    rest = seen[-1]
+    yield from range(1, count)
+    assert until(lambda: all(now <= was for now, was in zip(look()[-1], rest))), (rest, seen[-1])
 
 
 @contextlib.contextmanager
@@ -563,13 +518,6 @@ def pressing(*moments):
             except KeyboardInterrupt:
                 late += 1
         assert not late, "it was over before the Ctrl-C"
-
-
-@pytest.fixture
-def stray_presses_do_nothing():
-    before = signal.signal(signal.SIGINT, lambda *_: None)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def readme_block(language, word):
@@ -601,10 +549,12 @@ def far_specs(spec):
          "{connection_file}")
 
 
-def cut_link(begin, seconds):
-    """Cut the link to the second host, so many seconds from now, for so many seconds."""
-    return subprocess.Popen(f"sleep {begin}; ip link set {SSH_LINK} down; "
-                            f"sleep {seconds}; ip link set {SSH_LINK} up", shell=True)
+CUT = f"ip link set {SSH_LINK} down; sleep {{}}; ip link set {SSH_LINK} up"  # so many seconds
+
+
+def later(seconds, command):
+    """Run a command of the shell, so many seconds from now."""
+    return subprocess.Popen(f"sleep {seconds}; {command}", shell=True)
 
 
 @pytest.fixture
@@ -636,6 +586,7 @@ def gateway(tmp_path, monkeypatch):
 NODES = subprocess.getoutput(  # of Slurm, that are up
     "timeout 20 sinfo -h -N -r -o %N 2>/dev/null | sort -u").split()[:2]
 JOB = f"rexec{os.getpid()}"  # the name of our jobs
+CANCEL = f"scancel -n {JOB}"
 
 
 def in_queue(test):
@@ -645,11 +596,6 @@ def in_queue(test):
 
 def jobs():
     return subprocess.getoutput(f"squeue --me -h -n {JOB} -o %i").split()
-
-
-def scancel(after=0):
-    """Cancel our jobs, so many seconds from now."""
-    return subprocess.Popen(f"sleep {after}; scancel -n {JOB}", shell=True)
 
 
 @pytest.fixture
@@ -666,25 +612,7 @@ def job(spec, monkeypatch):
     make("slurm-one", "-w", *NODES[:1])
     make("slurm-two", "-w", *NODES[1:])
     yield make
-    scancel().wait()
-
-
-OLD = {"3.6": ["ipykernel<6", "numpy<1.20", "--python-version=3.6", "--only-binary=:all:"],
-       "3.8": ["ipykernel<6.30", "numpy<1.25"]}
-
-
-@pytest.fixture(scope="module")
-def installs(tmp_path_factory):
-    """By version: (interpreter, folder of its packages, the pip that fills it)."""
-    found, pyenv = {}, pathlib.Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
-    for version in OLD:
-        folder = str(tmp_path_factory.mktemp(f"python{version}"))
-        for python in sorted(map(str, pyenv.glob(f"versions/{version}.*/bin/python")))[-1:]:
-            # the pip of 3.6 does not heed which Python a package is for
-            found[version] = python, folder, subprocess.Popen(
-                [sys.executable if version == "3.6" else python, "-m", "pip", "install", "-q",
-                 "--no-compile", "--target", folder, *OLD[version]], stderr=subprocess.DEVNULL)
-    return found
+    later(0, CANCEL).wait()
 
 
 # ---- Options --------------------------------------------------------------
@@ -796,8 +724,8 @@ def test_a_late_interrupt_does_not_hit_the_next_cell(session):
 
 
 def test_a_time_out_does_not_count_the_journey_of_the_outputs(session, line):
-    with line.holding(2):
-        session.ok("-k far -t .5 -o x x = 5")
+    line.hold(2)
+    session.ok("-k far -t .5 -o x x = 5")
     assert session.far.x == 5 and session.took > 1.5
 
 
@@ -820,8 +748,7 @@ def test_a_spec_is_a_name_or_the_only_part_or_pattern_of_one_or_refused_with_a_h
         assert re.search(f"{re.escape(found)}( brings python3)?$", str(refused))
 
 
-def test_a_name_keeps_its_spec_until_shutdown_replaces_it_also_by_one_that_does_not_start(
-        session, spec):
+def test_a_name_keeps_its_spec_until_s_replaces_it_also_by_one_that_does_not_start(session, spec):
     spec("other", "sh", "-c", "exit 7")
     pid = session.there("a", "os.getpid()")
     assert re.search("-s .*other", session.misused("-k a=other 1")) and not gone(pid, 0)
@@ -831,21 +758,19 @@ def test_a_name_keeps_its_spec_until_shutdown_replaces_it_also_by_one_that_does_
 
 
 def test_a_connection_file_or_its_name_attaches_to_a_kernel_which_stays_when_detached(session):
-    file = session.there("a", "__import__('ipykernel').get_connection_file()")
+    file = session.connection_file("a")
     session.ok("-k a x = 12")
-    for found in (file, os.path.basename(file)):
+    for found in (file, file.name):
         session.ok(f"-k again={found} -o x")
         session.ok("-k again -s")
         assert vars(session.again).pop("x") == session.there("a", "x") == 12
 
 
-def test_an_attached_kernel_is_set_up_again_when_its_owner_restarted_it(session):
+def test_an_attached_kernel_is_set_up_again_when_its_owner_restarted_it(session, other):
     session.ns["three"] = 3
-    with OthersKernel() as other:
-        session.ok(f"-k far={other.file} 1")
-        other.restart()
-        session.ok("-k far -p three -o x -b x = three")
-        assert session.read("far.x") == 3 and re.search("far .*\n", session.err)
+    other.restart()
+    session.ok("-k far -p three -o x -b x = three")
+    assert session.read("far.x") == 3 and re.search("far .*\n", session.err)
 
 
 # ---- What comes back ------------------------------------------------------
@@ -862,19 +787,19 @@ def test_a_namespace_stays_the_same_object_and_shows_just_the_variables_that_cam
 
 
 def test_reloading_ends_kernels_and_runs_leaks_nothing_and_knows_its_names_again(session):
-    namespace = session.a
-    for turn in range(3):
+    """The magic of before is refused."""
+    namespace, magic = session.a, session.shell.find_line_magic("remote_exec")
+    for _ in turns_that_leak_nothing(3):
         pid = session.there("a", "os.getpid()")
         session.ok("-k a,b -i wait -o n -b {wait}")
-        session.load("reload")
+        session.shell.extension_manager.reload_extension("remote_exec")
         assert gone(pid)
         with pytest.raises(Exception, match="a: ShutdownError: "):  # a RemoteError of before
             session.read("a.n")
+        with pytest.raises(Exception, match=r"\w+ \w+"):
+            magic("-k a 1")
         session.ok("-k a=python3,b=python3 -o n n = 3")
         assert session.a is namespace and namespace.n == 3
-        if not turn:
-            opened = Opened()
-    assert opened.is_no_more(), (opened.before, opened.now())
 
 
 VALUES = """
@@ -890,8 +815,8 @@ frame = pd.DataFrame({"s": ["a", "b"], "d": pd.to_datetime(["2020-01-01", "2021-
 """
 
 
-def test_values_of_any_kind_arrive_equal_and_writable(session):
-    session.ok("-k a -o arrays,others,frame", VALUES)
+def test_values_of_any_kind_arrive_equal_and_writable_and_stay_shared(session):
+    session.ok("-k a -o arrays,others,frame,last", f"{VALUES}\nlast = others[-1]")
     session.read(VALUES)
     for name, array in session.arrays.items():
         got = session.a.arrays[name]
@@ -899,11 +824,15 @@ def test_values_of_any_kind_arrive_equal_and_writable(session):
         np.testing.assert_array_equal(got, array)
     assert session.a.others == session.others and session.a.frame.equals(session.frame)
     session.a.frame.loc[0, "s"] = "c"
+    assert session.a.last is session.a.others[-1]
 
 
-def test_what_outputs_share_stays_shared(session):
-    session.ok("-k a -o one,two one = [[1]]; two = one[0]")
-    assert session.a.one[0] is session.a.two
+@newest  # in the pickle of Python 3.8, too, but slower
+def test_outputs_are_what_they_were_when_the_code_ended(session, other):
+    """Another client's code, queued behind ours, changes the array at once."""
+    session.ok(f"-k far,more={other.file} import numpy as np; x = np.zeros(20_000_000)")
+    session.ok("-k far,more -o x x += 1")
+    assert all((x == x[0]).all() for x in (session.far.x, session.more.x))
 
 
 FAILING = """
@@ -959,16 +888,6 @@ def test_a_large_output_comes_without_a_second_copy_and_is_free_when_deleted(ses
     assert until(lambda: gc.collect() is None or process.memory_info().rss < before + 5e7)
 
 
-@newest  # in the pickle of Python 3.8, too, but slower
-def test_outputs_are_what_they_were_when_the_code_ended(session):
-    """Another client's code, queued behind ours, changes the array at once."""
-    with OthersKernel() as other:
-        session.ok(f"-k one={other.file},two={other.file} "
-                   "import numpy as np; x = np.zeros(20_000_000)")
-        session.ok("-k one,two -o x x += 1")
-        assert all((x == x[0]).all() for x in (session.one.x, session.two.x))
-
-
 def test_the_memory_of_a_push_that_failed_is_free(session):
     large = session.ns["large"] = np.ones(25_000_000).view(type("Large", (np.ndarray,), {}))
     session.ns.update(alive=weakref.ref(large), bad=Runs("1 / 0"))
@@ -980,12 +899,11 @@ def test_the_memory_of_a_push_that_failed_is_free(session):
 
 # ---- Many kernels ---------------------------------------------------------
 
-def test_kernels_start_run_and_stop_at_the_same_time_those_of_several_threads_too(
-        session, spec, tmp_path, manager_config):
+def test_kernels_start_run_and_stop_at_the_same_time_those_of_threads_too(session, spec, tmp_path):
     """They take 4 s to start, without CPU; each runs until all do, and has a thread that nobody
     ends, so that stopping takes the user's grace."""
     spec("slow", "sh", "-c", f"sleep 4; exec {' '.join(LAUNCH)}")
-    manager_config(shutdown_wait_time=7)
+    session.configure(shutdown_wait_time=7)
     session.ns["meet"] = (
         f"open('{tmp_path}/%d.runs' % os.getpid(), 'w').close(); import threading, time\n"
         f"while str(os.listdir('{tmp_path}')).count('.runs') < 4: time.sleep(.02)")
@@ -1014,31 +932,33 @@ def test_no_code_runs_anywhere_if_one_kernel_cannot_be_prepared(session, spec, l
         assert session.there("a", "(gift, os.getcwd())") == ([1], "/usr")
 
 
-@pytest.mark.parametrize("fate, told", [
-    ("1/0", "ZeroDivisionError: .*by zero"), ("os._exit(3)", "DeadKernelError: .*exit code 3.*"),
-    ("os.kill(os.getpid(), 35)", "DeadKernelError: .*-35.*"),
-    ("import ctypes; ctypes.string_at(0)", "DeadKernelError: .*SIGSEGV.*")])
-def test_a_kernel_that_fails_takes_nothing_from_the_others(session, fate, told):
+@pytest.mark.parametrize("options, fate, told", [
+    ("", "1/0", "ZeroDivisionError: .*by zero"), ("-b", "1/0", "ZeroDivisionError: .*by zero"),
+    ("", "os._exit(3)", "DeadKernelError: .*exit code 3.*"),
+    ("", "os.kill(os.getpid(), 35)", "DeadKernelError: .*-35.*"),
+    ("", "import ctypes; ctypes.string_at(0)", "DeadKernelError: .*SIGSEGV.*")])
+def test_a_kernel_that_fails_takes_nothing_from_the_others(session, options, fate, told):
     session.ns["fate"] = {"a": fate, "b": "pass"}
-    session.fails("-k a,b -i fate -o x", "x = 2\n{fate}")
+    session.run(f"-k a,b -i fate -o x {options}", "x = 2\n{fate}")
+    if options:
+        assert session.error is None and session.read("b.x") == 2
+        session.fails("-k a,b")
     assert re.fullmatch(f"a: {told}", str(session.error)) and session.took < 15
     assert "x" not in vars(session.a) and session.b.x == 2
     assert session.there("a", "'x' in dir()") == ("Dead" not in told)  # it starts anew
 
 
-def test_calls_of_threads_that_name_the_same_kernel_take_turns(session):
-    session.ok("-k a,b import time; seen = []")
-    calls = [session.in_thread(f"-k {names} seen.append(1); time.sleep(.3); seen.append(2)")
-             for names in ("a,b", "b,a", "a,b")]
-    concurrent.futures.wait(calls, 20)
-    assert session.there("a", "seen") == session.there("b", "seen") == [1, 2] * 3
-
-
-def test_threads_that_name_a_new_kernel_get_the_same_one(session):
+def test_calls_of_threads_that_name_the_same_kernel_take_turns_and_start_it_once(session):
     before = children()
-    calls = [session.in_thread(f"-k c=python3 x{i} = {i}") for i in range(4)]
-    assert not concurrent.futures.wait(calls, 30).not_done and len(children() - before) == 1
-    assert session.there("c", "[x0, x1, x2, x3]") == [0, 1, 2, 3]
+    session.ok("-k a seen = []")
+    calls = [session.in_thread(
+        f"-k {names} seen = globals().get('seen', []); seen.append(1); "
+        "__import__('time').sleep(.3); seen.append(2)")
+        for names in ("a,c=python3", "c=python3,a", "a,c=python3")]
+    for call in calls:
+        call.result(30)
+    assert session.there("a", "seen") == session.there("c", "seen") == [1, 2] * 3
+    assert len(children() - before) == 1
 
 
 def test_the_question_of_one_thread_holds_up_no_other(session, monkeypatch):
@@ -1068,13 +988,17 @@ def test_a_background_call_returns_at_once_and_tells_since_when_it_runs(session)
     assert "since" not in repr(session.a) and session.running()["b"] == "idle"
 
 
-def test_an_attribute_that_a_run_is_to_bring_waits_and_its_old_value_goes(session):
+def test_an_attribute_that_a_run_is_to_bring_waits_in_any_thread_and_its_old_value_goes(session):
     session.ok("-k a -o x,old x = old = 0")
     session.ok("-k a -i gate -o x -b {gate}; x = 7")
     assert vars(session.a) == {"old": 0} and dir(session.a) == ["old"]
+    call = session.in_thread("-k a")
+    readers = [THREADS.submit(lambda: session.a.x) for _ in range(3)]
+    session.ok("-k b 1")  # is not held up by them
     opener = threading.Timer(0.5, session.open)
     opener.start()
     assert session.read("a.old, a.x, a.old") == (0, 7, 0) and not opener.is_alive()
+    assert [call.result(10), *(each.result(10) for each in readers)] == [[None], 7, 7, 7]
 
 
 @pytest.mark.parametrize("ask", [
@@ -1092,11 +1016,38 @@ def test_nothing_else_waits_for_a_run_or_uses_up_its_failure(session, ask):
     assert session.fails("-k a")["a"].ename == "ZeroDivisionError"
 
 
+def test_ctrl_c_ends_only_the_waiting_for_an_attribute_but_in_a_call_the_run(session):
+    session.ok("-k a -i begun,wait -o x -b {begun}; {wait}")
+    for _ in range(2):
+        with pressing(session.begun), pytest.raises(KeyboardInterrupt):
+            session.read("a.x")
+    assert session.interrupted("-k a 1", presses=[session.begun]) == "a stopped"
+
+
+def test_ctrl_c_while_an_attribute_is_loaded_does_not_lose_it(session):
+    loading = f"{session.ns['begun']}; {session.gate}"
+    session.ok("-k a -o slow,x -b", "class Slow:\n"
+               f"    def __reduce__(self): return exec, ({loading!r},)\nslow, x = Slow(), 7")
+    with pressing(session.begun), pytest.raises(KeyboardInterrupt):
+        session.read("a.x")
+    session.open()
+    assert session.read("a.x") == 7
+
+
 def test_the_next_call_waits_shows_what_the_run_prints_and_goes_on(session):
     runs = ["n = 1; print('first')", "n += 1; print(n)", "n += 1; print(n)"]
     shown = "".join(session.ok(f"-k a -o n -b import time; time.sleep(.3); {run}") for run in runs)
     shown += session.ok("-k a,b print('last')").replace("[b] last\n", "")
     assert shown == "first\n2\n[a] 3\n[a] last\n" and session.a.n == 3
+
+
+def test_a_calls_time_out_counts_for_the_run_that_it_waits_for(session):
+    """From the call on, not from the run's beginning."""
+    session.ok("-k a,b -i gate -o x -b {gate}; x = 7")
+    assert session.fails("-k b -t 2")["b"].ename == "TimeoutError"
+    threading.Timer(2, session.open).start()
+    session.ok("-k a -t 3.5")
+    assert session.a.x == 7
 
 
 @pytest.mark.parametrize("wait", ["%remote_exec -k a marker = 1", "a.nowhere"])
@@ -1114,43 +1065,6 @@ def test_whoever_waits_first_raises_a_runs_failure_once_before_anything_else(
     assert session.there("a", "globals().get('marker', 0)") == 0
 
 
-@pytest.mark.parametrize("wait", ["%remote_exec -k k1 marker = 1", "k1.x",
-                                  "%remote_exec -k k1,k2 -t 9"])
-def test_a_failure_that_a_notebook_has_shown_is_raised_all_the_same(notebook, wait):
-    notebook.ok("%remote_exec -k k1 marker = 0")
-    cell = notebook.background("-k k1 -o x 1/0")
-    notebook.until(lambda: notebook.under(cell, "error"))
-    reply, _ = notebook.run(wait)
-    assert reply["ename"] == "RemoteError" and "ZeroDivisionError" in reply["evalue"]
-    assert notebook.there("k1", "marker") == 0 and len(notebook.under(cell, "error")) == 1
-
-
-def test_ctrl_c_ends_only_the_waiting_for_an_attribute_but_in_a_call_the_run(session):
-    session.ok("-k a -i begun,wait -o x -b {begun}; {wait}")
-    for _ in range(2):
-        with pressing(session.begun), pytest.raises(KeyboardInterrupt):
-            session.read("a.x")
-    assert session.interrupted("-k a 1", presses=[session.begun]) == "a stopped"
-
-
-def test_a_calls_time_out_counts_for_the_run_that_it_waits_for(session):
-    """From the call on, not from the run's beginning."""
-    session.ok("-k a,b -i gate -o x -b {gate}; x = 7")
-    assert session.fails("-k b -t 2")["b"].ename == "TimeoutError"
-    threading.Timer(2, session.open).start()
-    session.ok("-k a -t 3.5")
-    assert session.a.x == 7
-
-
-def test_a_question_of_a_run_is_asked_by_who_waits_for_the_run(session, monkeypatch):
-    asked = []
-    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or "me")
-    session.ok("-k a -i begun -o name -b {begun}; name = input('who? ')")
-    assert until(session.begun.exists)
-    session.ok("-k b import time; time.sleep(.5)")
-    assert not asked and session.read("a.name") == "me" and asked == ["who? "]
-
-
 @newest  # on ipykernel 6, displays and errors go under the latest cell
 def test_a_notebook_shows_a_run_and_its_failure_under_its_own_cell(notebook, tmp_path):
     cell = notebook.background(f"-k k1,k2 -o x print('on'); {gate(tmp_path / 'open')}; "
@@ -1158,48 +1072,25 @@ def test_a_notebook_shows_a_run_and_its_failure_under_its_own_cell(notebook, tmp
     assert "off" not in notebook.shown and notebook.reply(cell)["status"] == "ok"
     notebook.ok("%remote_exec -k k3=python3 -s print('between')")
     (tmp_path / "open").touch()
-    notebook.until(lambda: len(notebook.under(cell, "error")) == 2)
+    notebook.until(lambda: len(contents(notebook.under(cell), "error")) == 2)
     assert sorted(re.findall(r"(?m)^.*o\w+$", notebook.text(cell))) == [
         "[k1] off", "[k1] on", "[k2] off", "[k2] on"]
-    assert len(notebook.under(cell, "display_data")) == 2
+    assert len(contents(notebook.under(cell), "display_data")) == 2
     errors = str(contents(notebook.under(cell), "error"))
     assert errors.count("'RemoteError'") == 2 == len(re.findall(r"\[k\d\] ", errors))
     assert "remote_exec.py" not in errors
 
 
-def test_a_run_that_failed_takes_nothing_from_the_others(session):
-    session.ns["fate"] = {"a": "1/0", "b": "x = 1"}
-    session.ok("-k a,b -i fate -o x -b {fate}")
-    assert session.read("b.x") == 1 and list(session.fails("-k a,b")) == ["a"]
-
-
-def test_ctrl_c_while_an_attribute_is_loaded_does_not_lose_it(session):
-    once = f"__import__('os').path.exists({str(session.begun)!r}) or ({session.ns['begun']}, " + (
-        f"{session.press})")
-    session.ok("-k a -o pressed,x -b", "class Pressed:\n"
-               f"    def __reduce__(self): return exec, ({once!r},)\n"
-               "pressed, x = Pressed(), 7")
-    with pytest.raises(KeyboardInterrupt):
-        session.read("a.x")
-    assert session.read("a.x") == 7
-
-
-def test_a_run_may_be_awaited_by_threads_and_a_call_at_once(session):
-    session.ok("-k a -i gate -o x -b {gate}; x = 7")
-    readers = [THREADS.submit(lambda: session.a.x) for _ in range(3)]
-    session.ok("-k b 1")  # is not held up by them
-    threading.Timer(1, session.open).start()
-    session.ok("-k a")
-    assert [each.result(10) for each in readers] == [7, 7, 7]
-
-
-def test_a_question_of_a_run_in_a_notebook_waits(notebook):
-    notebook.background("-k k1 -o name name = input('who? ')")
-    for code in ("import time; time.sleep(1)", "%remote_exec -k k2 1;"):
-        notebook.ok(code, ["wrong"])
-        assert not notebook.prompts
-    notebook.ok("%remote_exec -k k1", ["me"])
-    assert notebook.value("k1.name") == "me"
+@pytest.mark.parametrize("wait", ["%remote_exec -k k1 marker = 1", "k1.x",
+                                  "%remote_exec -k k1,k2 -t 9"])
+def test_a_failure_that_a_notebook_has_shown_is_raised_all_the_same(notebook, wait):
+    notebook.ok("%remote_exec -k k1 marker = 0")
+    cell = notebook.background("-k k1 -o x 1/0")
+    notebook.until(lambda: contents(notebook.under(cell), "error"))
+    reply, _ = notebook.run(wait)
+    assert reply["ename"] == "RemoteError" and "ZeroDivisionError" in reply["evalue"]
+    assert notebook.there("k1", "marker") == 0
+    assert len(contents(notebook.under(cell), "error")) == 1
 
 
 def test_a_notebook_answers_while_a_run_floods_it_and_loads_its_outputs_when_they_come(notebook):
@@ -1210,6 +1101,16 @@ def test_a_notebook_answers_while_a_run_floods_it_and_loads_its_outputs_when_the
         assert time.monotonic() - begin < 6
     assert until(lambda: notebook.value("'i' in vars(k1)"), 60)
     assert notebook.text(cell) == "".join(f"{i}\n" for i in range(200000))
+
+
+@pytest.mark.parametrize("wait", ["%remote_exec -k k1", "k1.name"])
+def test_a_question_of_a_run_is_asked_by_who_waits_for_the_run(notebook, wait):
+    notebook.background("-k k1 -o name name = input('who? ')")
+    for code in ("import time; time.sleep(1)", "%remote_exec -k k2 import time; time.sleep(.5)"):
+        notebook.ok(code, ["wrong"])
+        assert not notebook.prompts
+    notebook.ok(wait, ["me"])
+    assert notebook.prompts == ["who? "] and notebook.value("k1.name") == "me"
 
 
 # ---- Widgets and progress bars --------------------------------------------
@@ -1277,25 +1178,6 @@ def test_an_output_widget_catches_what_its_kernel_prints_and_raises_and_nothing_
     assert sorted(found, key=str) == sorted(expected * 3, key=str)
 
 
-def test_widgets_of_a_kernel_that_is_gone_raise_nothing(notebook):
-    notebook.widgets("k2", "slider = w.IntSlider(); ids = slider.model_id\n"
-                     "slider.observe(lambda change: os._exit(3), 'value')")
-    slider = notebook.value("k2.ids")
-    for value in (5, 6):
-        kinds = {each["msg_type"] for each in notebook.moved(slider, value=value)}
-        assert kinds <= {"status", "comm_msg"}  # an echo
-    notebook.ok("%remote_exec -k k2 1")
-
-
-def test_a_kernel_that_runs_in_the_background_gets_moves_when_it_is_free(notebook, slider):
-    cell = notebook.background("-k k1 import time; time.sleep(1); print('free')")
-    for value in (1, 2):
-        notebook.moved(slider, value=value)
-    assert "free" not in notebook.text(cell)
-    notebook.ok("%remote_exec -k k1 1")
-    assert notebook.there("k1", "seen") == [1, 2]
-
-
 @pytest.mark.parametrize("options", ["", "-b"])
 @pytest.mark.parametrize("bar, steps", [
     ("tqdm.auto import tqdm", ["'value': 1.0", "'value': 2.0", "'value': 3.0"]),
@@ -1308,6 +1190,36 @@ def test_progress_bars_of_several_kernels_move(notebook, options, bar, steps):
              for each, output in caught(notebook.log)]
     for step in steps:
         assert len({bar for bar, text in shown if bar and step in text}) == 2
+
+
+@pytest.mark.parametrize("options", ["-b", "-t 1"])
+def test_a_busy_kernel_gets_moves_when_it_is_free(notebook, slider, tmp_path, options):
+    reply, _ = notebook.run(f"%remote_exec -k k1 {options} __import__('signal').signal(2, "
+                            f"lambda *_: 0); {gate(tmp_path / 'open')}")
+    assert ("ignores the interrupt" in str(reply)) == (options == "-t 1")
+    begin = time.monotonic()
+    for value in (1, 2):
+        notebook.moved(slider, value=value)
+    assert time.monotonic() - begin < 5
+    (tmp_path / "open").touch()
+    assert until(lambda: notebook.run("%remote_exec -k k1 1")[0]["status"] == "ok")
+    assert notebook.there("k1", "seen") == [1, 2]
+
+
+@newest  # ipykernel 7 has subshells, by which JupyterLab sends the moves of widgets
+def test_moves_by_a_subshell_stay_in_order_also_while_a_cell_runs(notebook, slider):
+    notebook.client.control_channel.send(
+        notebook.client.session.msg("create_subshell_request", {}))
+    subshell = notebook.client.get_control_msg(timeout=30)["content"]["subshell_id"]
+    notebook.moved(slider, subshell, value=1)  # (ipykernel has the main thread deal with the first)
+    cell = notebook.start("%remote_exec -k k2 import time; time.sleep(1.5); print('over')")
+    for value in range(2, 20):
+        notebook.move(slider, subshell, value=value)
+        time.sleep(0.03)
+    notebook.until(lambda: notebook.text(cell))
+    notebook.moved(slider, subshell, value=20)
+    assert notebook.shown == "moved\n"  # ahead of its idle status: a front end hears no more
+    assert notebook.there("k1", "seen") == [*range(1, 21)]
 
 
 @pytest.mark.parametrize("start", [
@@ -1325,31 +1237,14 @@ def test_ctrl_c_stops_a_cell_or_a_callback_and_no_later_move(notebook, slider, s
     assert notebook.there("k1", "seen[-4:]") == [1, "over", 2, "over"]
 
 
-@newest  # ipykernel 7 has subshells, by which JupyterLab sends the moves of widgets
-def test_moves_by_a_subshell_stay_in_order_also_while_a_cell_runs(notebook, slider):
-    notebook.client.control_channel.send(
-        notebook.client.session.msg("create_subshell_request", {}))
-    subshell = notebook.client.get_control_msg(timeout=30)["content"]["subshell_id"]
-    cell = notebook.start("%remote_exec -k k2 import time; time.sleep(1.5); print('over')")
-    for value in range(1, 20):
-        notebook.move(slider, subshell, value=value)
-        time.sleep(0.03)
-    notebook.until(lambda: notebook.text(cell))
-    notebook.moved(slider, subshell, value=20)
-    assert notebook.shown == "moved\n"  # ahead of its idle status: a front end hears no more
-    assert notebook.there("k1", "seen") == [*range(1, 21)]
-
-
-def test_a_kernel_that_was_left_busy_gets_moves_when_it_is_free(notebook, slider, tmp_path):
-    reply, _ = notebook.run("%remote_exec -k k1 -t 1 __import__('signal').signal(2, lambda *_: 0); "
-                            + gate(tmp_path / "open"))
-    assert "ignores the interrupt" in reply["evalue"]
-    begin = time.monotonic()
-    notebook.moved(slider, value=5)
-    assert time.monotonic() - begin < 5
-    (tmp_path / "open").touch()
-    assert until(lambda: notebook.run("%remote_exec -k k1 1")[0]["status"] == "ok")
-    assert notebook.there("k1", "seen") == [5]
+def test_widgets_of_a_kernel_that_is_gone_raise_nothing(notebook):
+    notebook.widgets("k2", "slider = w.IntSlider(); ids = slider.model_id\n"
+                     "slider.observe(lambda change: os._exit(3), 'value')")
+    slider = notebook.value("k2.ids")
+    for value in (5, 6):
+        kinds = {each["msg_type"] for each in notebook.moved(slider, value=value)}
+        assert kinds <= {"status", "comm_msg"}  # an echo
+    notebook.ok("%remote_exec -k k2 1")
 
 
 # ---- Errors ---------------------------------------------------------------
@@ -1387,17 +1282,10 @@ def test_far_tracebacks_heed_tb_xmode_and_colors(notebook, code):
     colours = notebook.value("get_ipython().colors")
     notebook.run("%remote_exec -k k1,k2 1/0")
     cell = notebook.start(code)
-    notebook.until(lambda: "ZeroDivisionError" in str(notebook.under(cell, "error")))
+    notebook.until(lambda: "ZeroDivisionError" in str(contents(notebook.under(cell), "error")))
     notebook.run(f"%colors {colours}\n%xmode Context\n%remote_exec -k k1")
     shown = str(contents(notebook.under(cell), "error"))
     assert "remote_exec.py" not in shown and ("\\x1b" in shown) == ("nocolor" not in code)
-
-
-def test_text_that_a_terminal_lacks_is_escaped_and_takes_nothing_with_it():
-    done = ipython(*script(
-        r"%remote_exec -k k=python3 -o y y = 1; print('\u4e2d'); display('\u4e2d'); '\u4e2d'",
-        "print(k.y)"), PYTHONIOENCODING="ascii:strict")
-    assert done.stdout.count(r"\u4e2d") == 3 and done.stdout.endswith("1\n") and not done.stderr
 
 
 def test_a_kernel_that_died_between_two_cells_is_started_anew_with_a_line(session):
@@ -1408,15 +1296,68 @@ def test_a_kernel_that_died_between_two_cells_is_started_anew_with_a_line(sessio
     assert re.fullmatch(r"a had died \(.*SIGKILL\) and is started anew\n", session.err)
 
 
+def test_an_attached_kernel_that_died_is_told(session, other):
+    for code, cause in ("os._exit(3)", "was not started here"), ("1", "nothing listens"):
+        failure = session.fails(f"-k far {code}")["far"]
+        assert failure.ename == "DeadKernelError" and cause in failure.evalue
+        assert session.took < 20
+
+
+def test_a_restart_while_code_runs_is_not_told_as_a_kernel_with_its_state(session, other):
+    call = session.in_thread("-k far -i begun,wait {begun}; {wait}")
+    assert until(session.begun.exists)
+    other.restart()
+    error = call.exception(40)
+    assert isinstance(error, rx.RemoteError) and "has its state" not in str(error), error
+    session.ok("-k far 1")
+
+
+def test_a_busy_or_silent_kernel_is_not_a_dead_one(session, spec):
+    """One holds the GIL; the heart of the other one, as in other languages, is silent meanwhile."""
+    spec("mute", sys.executable, "-c", "from ipykernel.kernelapp import IPKernelApp as App; "
+         "App.init_heartbeat = lambda app: None; App.launch_instance()", *LAUNCH[-2:])
+    session.ns["work"] = {"a": "ctypes.PyDLL(None).sleep(7)", "mute": "time.sleep(7)"}
+    session.ok("-k a,mute -i work -o x import ctypes, time; {work}; x = 1")
+    assert any(re.fullmatch(r"waiting for a, mute \(\d s\); mute does not answer since [\d:]{8}",
+                            text) for text in session.status), session.status
+    assert not any("a does not answer" in text for text in session.status)
+    assert session.a.x == session.mute.x == 1 and session.err == ""
+
+
 @pytest.mark.parametrize("argv, cause", [
     (["/no/such/program"], "/no/such/program"), (["sleep", "99"], "Timeout.*not ready after 3 s"),
     (["sh", "-c", "echo last words >&2; exit 7"], "DeadKernelError.*exit code 7.*last words")])
 def test_a_kernel_that_cannot_start_names_the_cause_and_leaves_nothing(session, spec, argv, cause):
     spec("broken", *argv)
-    session.startup_timeout(3)
+    session.configure(startup_timeout=3)
     before = files()
     assert re.search(cause, str(session.fails("-k a,broken 1")["broken"]))
     assert "broken" not in session.ns and until(lambda: not files() - before)
+
+
+def test_a_kernel_whose_end_cannot_be_made_sure_is_told(session, monkeypatch):
+    async def cleanup(self, restart=False):
+        raise RuntimeError("no way")
+    session.ok("-k c=python3 1")
+    monkeypatch.setattr("jupyter_client.provisioning.LocalProvisioner.cleanup", cleanup)
+    failure = session.fails("-k c -s")["c"]
+    assert failure.ename == "ShutdownError" and "no way" in failure.evalue
+
+
+def test_a_reply_that_was_lost_with_the_connection_is_told(session, line):
+    loser = THREADS.submit(line.lose_reply, session)
+    failures = session.fails("-k far -i begun,gate -o x", "x = 9; {begun}\n{gate}")
+    loser.result(30)
+    assert failures["far"].ename == "LostReplyError" and session.took < 40
+    assert session.there("far", "x") == 9
+
+
+def test_what_another_clients_failure_made_the_kernel_drop_is_told(session, other):
+    while not session.error:  # (an ipykernel drops only what it has not yet taken up)
+        other.client.execute("__import__('time').sleep(.5); 1/0")
+        session.run("-k far x = 1")
+    assert session.error.failures["far"].ename == "AbortedError"
+    session.ok("-k far x = 1")
 
 
 @pytest.mark.parametrize("code, line", [
@@ -1440,20 +1381,6 @@ def test_ctrl_c_keeps_what_the_others_returned_or_shows_why_they_did_not(session
     assert shown in session.err and vars(session.b) == ({} if shown else {"x": 3})
 
 
-@pytest.mark.parametrize("ahead, line", [
-    pytest.param("", "-k a -i begun,stubborn {begun}; {stubborn}", id="running"),
-    pytest.param("-b {begun}; {stubborn}", "-k a,b -o y y = 1", id="collecting"),
-    pytest.param("", "-k a,b -p late 1", id="preparing")])
-def test_a_second_ctrl_c_gives_the_prompt_back_and_the_kernel_stays_busy(session, ahead, line):
-    """Until it is replaced."""
-    session.ns["late"] = Runs(f"{session.ns['begun']}\n{session.ns['stubborn']}")
-    session.ok(f"-k a -i begun,stubborn {ahead}")
-    assert re.search(r"\ba\b.* still busy", session.interrupted(line, presses=[session.begun, 0.5]))
-    assert session.running()["a"] == "busy" and "-s" in session.misused("-k a 1")
-    session.ok("-k a -s -o x x = 1")
-    assert session.a.x == 1
-
-
 @pytest.mark.parametrize("ahead, options, line", [
     ("1", "-k a,c=sleeper", "c not started"), ("1", "-k a -p gift", "(a|no kernel) stopped"),
     ("__import__('atexit').register(lambda: {press})", "-k a -s", "a not .*|no kernel stopped")],
@@ -1468,66 +1395,47 @@ def test_code_does_not_run_after_a_ctrl_c_that_came_before(session, spec, ahead,
 
 
 def test_one_ctrl_c_waits_for_the_outputs_and_a_second_one_does_not(session, line):
-    with line.holding(3):
-        session.interrupted("-k far -o x x = 6", presses=[1])
-        assert session.far.x == 6
-    with line.holding(60):
-        session.interrupted("-k far -o x x = 7", presses=[0.5, 0.5])
+    line.hold(3)
+    session.interrupted("-k far -o x x = 6", presses=[1])
+    assert session.far.x == 6
+    line.passes.clear()
+    session.interrupted("-k far -o x x = 7", presses=[0.5, 0.5])
+    line.passes.set()
     assert session.there("far", "8") == 8
 
 
-def test_a_reply_that_was_lost_with_the_connection_is_told(session, line, tmp_path):
-    loser = THREADS.submit(line.lose_reply, session.begun, tmp_path / "open")
-    failures = session.fails("-k far -i begun,gate -o x", "x = 9; {begun}\n{gate}")
-    loser.result(30)
-    assert failures["far"].ename == "LostReplyError" and session.took < 40
-    assert session.there("far", "x") == 9
+@pytest.mark.parametrize("ahead, line", [
+    pytest.param("", "-k a -i begun,stubborn {begun}; {stubborn}", id="running"),
+    pytest.param("-b {begun}; {stubborn}", "-k a,b -o y y = 1", id="collecting"),
+    pytest.param("", "-k a,b -p late 1", id="preparing")])
+def test_a_second_ctrl_c_gives_the_prompt_back_and_the_kernel_stays_busy(session, ahead, line):
+    """Until it is replaced."""
+    session.ns["late"] = Runs(f"{session.ns['begun']}\n{session.ns['stubborn']}")
+    session.ok(f"-k a -i begun,stubborn {ahead}")
+    assert re.search(r"\ba\b.* still busy", session.interrupted(line, presses=[session.begun, 0.5]))
+    assert session.running()["a"] == "busy" and "-s" in session.misused("-k a 1")
+    session.ok("-k a -s -o x x = 1")
+    assert session.a.x == 1
 
 
-def test_what_another_clients_failure_made_the_kernel_drop_is_told(session):
-    with OthersKernel() as other:
-        session.ok(f"-k far={other.file} 1")
-        while not session.error:  # (an ipykernel drops only what it has not yet taken up)
-            other.client.execute("__import__('time').sleep(.5); 1/0")
-            session.run("-k far x = 1")
-        assert session.error.failures["far"].ename == "AbortedError"
-        session.ok("-k far x = 1")
-
-
-def test_a_kernel_whose_end_cannot_be_made_sure_is_told(session, monkeypatch):
-    async def cleanup(self, restart=False):
-        raise RuntimeError("no way")
-    session.ok("-k c=python3 1")
-    monkeypatch.setattr("jupyter_client.provisioning.LocalProvisioner.cleanup", cleanup)
-    failure = session.fails("-k c -s")["c"]
-    assert failure.ename == "ShutdownError" and "no way" in failure.evalue
-
-
-def test_an_attached_kernel_that_died_is_told(session):
-    with OthersKernel() as other:
-        session.ok(f"-k far={other.file} 1")
-        for code, cause in ("os._exit(3)", "was not started here"), ("1", "nothing listens"):
-            failure = session.fails(f"-k far {code}")["far"]
-            assert failure.ename == "DeadKernelError" and cause in failure.evalue
-            assert session.took < 20
-
-
-def test_a_busy_or_silent_kernel_is_not_a_dead_one(session, spec):
-    """One holds the GIL; the heart of the other one, as in other languages, is silent meanwhile."""
-    spec("mute", sys.executable, "-c", "from ipykernel.kernelapp import IPKernelApp as App; "
-         "App.init_heartbeat = lambda app: None; App.launch_instance()", *LAUNCH[-2:])
-    session.ns["work"] = {"a": "ctypes.PyDLL(None).sleep(7)", "mute": "time.sleep(7)"}
-    session.ok("-k a,mute -i work -o x import ctypes, time; {work}; x = 1")
-    assert any(re.fullmatch(r"waiting for a, mute \(\d s\); mute does not answer since [\d:]{8}",
-                            text) for text in session.status), session.status
-    assert not any("a does not answer" in text for text in session.status)
-    assert session.a.x == session.mute.x == 1 and session.err == ""
+def test_one_ctrl_c_in_a_notebook_ends_all_that_runs_and_asks(notebook):
+    cell = notebook.start("do = {'k1': 'import time; time.sleep(60)', 'k2': 'input()'}\n"
+                          "%remote_exec -k k1,k2 -i do {do}")
+    notebook.client.get_stdin_msg(timeout=30)
+    notebook.manager.interrupt_kernel()
+    notebook.end(cell)
+    reply = notebook.reply(cell)
+    assert (reply["ename"], reply["evalue"]) == ("KeyboardInterrupt", "k1, k2 stopped")
+    assert not notebook.client.stdin_channel.msg_ready()
+    notebook.ok("%remote_exec -k k1,k2 print(2)")
 
 
 @pytest.mark.parametrize("line", [
     "-k a,b:/ -p large -o x x = large[:9]", "-k a,b -s -o x x = 1", "-k c=python3,a -o x x = 1",
     "-k a,b -o big"])
-def test_ctrl_c_at_any_moment_leaves_working_kernels(session, line, stray_presses_do_nothing):
+def test_ctrl_c_at_any_moment_leaves_working_kernels(session, line, request):
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # one may come when the call is over
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     session.ns["large"] = np.ones(2_000_000)
     session.ok("-k a,b import numpy as np; big = np.ones(2_000_000)")
     for delay in (0.01, 0.03, 0.06, 0.1, 0.2, 0.4):
@@ -1539,25 +1447,12 @@ def test_ctrl_c_at_any_moment_leaves_working_kernels(session, line, stray_presse
         assert session.a.x == session.b.x == 3
 
 
-def test_what_another_client_runs_is_neither_shown_nor_interrupted(session):
-    with OthersKernel() as other:
-        session.ok(f"-k far={other.file} 1")
-        other.client.execute(f"{session.ns['begun']}; {session.gate}; print('theirs'); n = 1")
-        assert until(session.begun.exists)
-        threading.Timer(1.5, session.open).start()
-        session.interrupted("-k far -i wait {wait}", presses=[0.5])
-        assert session.out == "" and session.there("far", "n") == 1
-
-
-def test_a_restart_by_the_owner_while_code_runs_is_not_told_as_a_kernel_with_its_state(session):
-    with OthersKernel() as other:
-        session.ok(f"-k far={other.file} 1")
-        call = session.in_thread("-k far -i begun,wait {begun}; {wait}")
-        assert until(session.begun.exists)
-        other.restart()
-        error = call.exception(40)
-        assert isinstance(error, rx.RemoteError) and "has its state" not in str(error), error
-        session.ok("-k far 1")
+def test_what_another_client_runs_is_neither_shown_nor_interrupted(session, other):
+    other.client.execute(f"{session.ns['begun']}; {session.gate}; print('theirs'); n = 1")
+    assert until(session.begun.exists)
+    threading.Timer(1.5, session.open).start()
+    session.interrupted("-k far -i wait {wait}", presses=[0.5])
+    assert session.out == "" and session.there("far", "n") == 1
 
 
 @pytest.mark.parametrize("kind", [
@@ -1573,6 +1468,13 @@ def test_whatever_messages_a_kernel_sends_the_call_ends_and_the_next_one_works(s
         "    kernel.session.send(kernel.iopub_socket, kind, content, kernel.get_parent())"))
     assert isinstance(session.error, (rx.RemoteError, type(None))), repr(session.error)
     assert session.there("a", "1") == 1
+
+
+def test_text_that_a_terminal_lacks_is_escaped_and_takes_nothing_with_it():
+    done = ipython(
+        r"%remote_exec -k k=python3 -o y y = 1; print('\u4e2d'); display('\u4e2d'); '\u4e2d'",
+        "print(k.y)", PYTHONIOENCODING="ascii:strict")
+    assert done.stdout.count(r"\u4e2d") == 3 and done.stdout.endswith("1\n") and not done.stderr
 
 
 # ---- What the user sees ---------------------------------------------------
@@ -1637,6 +1539,13 @@ def test_displays_updates_and_clear_output_are_unchanged_but_two_kernels_share_n
     assert "gone" not in notebook.shown and "[k1] there\n" in notebook.shown
 
 
+def test_a_front_end_that_reads_nothing_until_all_is_over_loses_nothing(notebook):
+    cell = notebook.start("%remote_exec -k k1 for i in range(3000): display(i)")
+    assert notebook.reply(cell)["status"] == "ok"
+    shown = contents(notebook.end(cell), "display_data")
+    assert [each["data"]["text/plain"] for each in shown] == [str(i) for i in range(3000)]
+
+
 def test_capture_captures_text_and_displays(notebook):
     notebook.ok("%%capture caught\n%remote_exec -k k1,k2 print('text'); display(5)")
     assert notebook.shown == ""
@@ -1668,18 +1577,27 @@ def test_questions_passwords_and_the_debugger_ask_here_with_a_label_for_several(
     assert sorted(notebook.value("k1.name + k2.name")) == ["a", "b", "c", "d"]
 
 
-def test_one_ctrl_c_in_a_notebook_ends_all_that_runs_and_asks(notebook):
-    cell = notebook.start("do = {'k1': 'import time; time.sleep(60)', 'k2': 'input()'}\n"
-                          "%remote_exec -k k1,k2 -i do {do}")
-    notebook.client.get_stdin_msg(timeout=30)
-    assert notebook.interrupt(cell) == "k1, k2 stopped"
-    assert not notebook.client.stdin_channel.msg_ready()
-    notebook.ok("%remote_exec -k k1,k2 print(2)")
+def test_a_question_that_nobody_can_answer_is_an_error(notebook):
+    cell = notebook.start("%remote_exec -k k1 input()", allow_stdin=False)
+    assert "StdinNotImplementedError" in notebook.reply(cell)["evalue"]
 
 
-def test_a_question_that_nobody_can_answer_is_an_error():
-    with pytest.raises(Exception, match="StdinNotImplementedError"):
-        run_with_nbclient("%remote_exec -k k=python3 input()")
+def test_the_question_of_a_new_kernel_is_not_lost(session, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: "")
+    for _ in range(3):  # one in 15 was
+        session.ok("-k c=python3,d=python3,e=python3,f=python3 -t 60 -s input('who? ')")
+
+
+@pytest.mark.parametrize("call, ename", [
+    ("-t 1 input('password? ')", "TimeoutError"),
+    ("__import__('threading').Timer(1, os._exit, [3]).start(); input()", "DeadKernelError")],
+    ids=["time-out", "death"])
+def test_a_question_ends_with_its_request_and_a_late_answer_goes_to_no_other(
+        session, monkeypatch, call, ename):
+    monkeypatch.setattr("builtins.input", lambda prompt: time.sleep(8) or "secret")
+    assert session.fails(f"-k a {call}")["a"].ename == ename and session.took < 15
+    monkeypatch.setattr("builtins.input", lambda prompt: "me")
+    assert session.there("a", "input('who? ')") == "me"
 
 
 def test_a_terminal_shows_the_prompt_ctrl_c_questions_and_a_status_line_that_fits_its_width():
@@ -1704,31 +1622,6 @@ def test_a_terminal_shows_the_prompt_ctrl_c_questions_and_a_status_line_that_fit
     assert "rror" not in child.before
 
 
-def test_a_front_end_that_reads_nothing_until_all_is_over_loses_nothing(notebook):
-    cell = notebook.start("%remote_exec -k k1 for i in range(3000): display(i)")
-    assert notebook.reply(cell)["status"] == "ok"
-    shown = contents(notebook.end(cell), "display_data")
-    assert [each["data"]["text/plain"] for each in shown] == [str(i) for i in range(3000)]
-
-
-def test_the_question_of_a_new_kernel_is_not_lost(session, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda prompt: "")
-    for _ in range(3):  # one in 15 was
-        session.ok("-k c=python3,d=python3,e=python3,f=python3 -t 60 -s input('who? ')")
-
-
-@pytest.mark.parametrize("call, ename", [
-    ("-t 1 input('password? ')", "TimeoutError"),
-    ("__import__('threading').Timer(1, os._exit, [3]).start(); input()", "DeadKernelError")],
-    ids=["time-out", "death"])
-def test_a_question_ends_with_its_request_and_a_late_answer_goes_to_no_other(
-        session, monkeypatch, call, ename):
-    monkeypatch.setattr("builtins.input", lambda prompt: time.sleep(8) or "secret")
-    assert session.fails(f"-k a {call}")["a"].ename == ename and session.took < 15
-    monkeypatch.setattr("builtins.input", lambda prompt: "me")
-    assert session.there("a", "input('who? ')") == "me"
-
-
 # ---- Other kernels than Python --------------------------------------------
 
 def test_kernels_of_other_languages_run_code_and_say_what_needs_python(session, spec, tmp_path):
@@ -1751,14 +1644,18 @@ def test_a_python_kernel_without_ipython_runs_code_and_says_what_more_needs(sess
 
 
 @newest
-@pytest.mark.xdist_group("old")
-@pytest.mark.parametrize("version", OLD)
-def test_older_pythons_exchange_everything(session, spec, version, installs):
-    if version not in installs:
+@pytest.mark.parametrize("version, packages", [
+    ("3.6", ["ipykernel<6", "numpy<1.20", "--python-version=3.6", "--only-binary=:all:"]),
+    ("3.8", ["ipykernel<6.30", "numpy<1.25"])])
+def test_older_pythons_exchange_everything(session, spec, tmp_path, version, packages):
+    pyenv = pathlib.Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
+    python = max(map(str, pyenv.glob(f"versions/{version}.*/bin/python")), default=None)
+    if not python:
         pytest.skip(f"no Python {version} (pyenv)")
-    python, folder, pip = installs[version]
-    assert pip.wait(120) == 0
-    spec("old", python, *LAUNCH[1:], env={"PYTHONPATH": folder})
+    # (the pip of 3.6 does not heed which Python a package is for)
+    subprocess.run([sys.executable if version == "3.6" else python, "-m", "pip", "install", "-q",
+                    "--no-compile", "--target", tmp_path, *packages], check=True)
+    spec("old", python, *LAUNCH[1:], env={"PYTHONPATH": str(tmp_path)})
     session.ns.update(text="h\xe9", array=np.arange(3e5), n=[1, 2.5, None])
     session.ok("-k old -p text,array,n -o version,text,array,one,two", (
         "import sys; version = '%d.%d' % sys.version_info[:2]; array[0] = 5; one = two = n"))
@@ -1771,27 +1668,21 @@ def test_older_pythons_exchange_everything(session, spec, version, installs):
 
 # ---- Configuration, fleets, security --------------------------------------
 
-@pytest.fixture
-def connection(session):
-    """The connection file of the kernel `a`: (path, what it says)."""
-    path = pathlib.Path(session.there("a", "__import__('ipykernel').get_connection_file()"))
-    return path, json.loads(path.read_text())
-
-
-def test_local_kernels_use_sockets_where_only_the_user_can_enter(session, connection):
-    file, info = connection
+def test_local_kernels_use_sockets_where_only_the_user_can_enter(session):
+    file = session.connection_file("a")
+    info = json.loads(file.read_text())
     folder, name = os.path.split(info["ip"])
     assert info["transport"] == "ipc" and os.stat(folder).st_mode & 0o777 == 0o700
-    assert str(file.parent) == jupyter_runtime_dir() and file.stat().st_mode & 0o777 == 0o600
+    assert str(file.parent) == os.environ["JUPYTER_RUNTIME_DIR"]
+    assert file.stat().st_mode & 0o777 == 0o600
     session.ok("-k a -s")
     assert not file.exists() and not list(pathlib.Path(folder).glob(name + "*"))
 
 
-def test_the_users_transport_is_taken_and_encrypted_where_possible(session, manager_config):
-    manager_config(transport="tcp")
+def test_the_users_transport_is_taken_and_encrypted_where_possible(session):
+    session.configure(transport="tcp")
     session.ok("-k c=python3 1")
-    info = json.loads(session.there(
-        "c", "open(__import__('ipykernel').get_connection_file()).read()"))
+    info = json.loads(session.connection_file("c").read_text())
     with zmq.Context() as context, context.socket(zmq.SUB) as stranger:
         stranger.linger = 0
         stranger.connect(f"tcp://{info['ip']}:{info['iopub_port']}")
@@ -1808,17 +1699,9 @@ def test_a_message_that_is_signed_with_another_key_is_ignored(session):
     assert session.out == "true\n"
 
 
-def test_one_file_is_enough_and_may_be_edited_while_a_session_is_open(tmp_path):
-    shutil.copy(HERE / "remote_exec.py", tmp_path)
-    done = ipython(*script("_ = open('remote_exec.py', 'w').write('# no more')",
-                           "%remote_exec -k k=python3 -p _ -o x x = _ * 2", "print(k.x)"),
-                   cwd=tmp_path)
-    assert (done.stdout, done.stderr) == ("18\n", "")
-
-
-def test_a_connection_file_is_followed_until_the_kernel_answers(session, spec, manager_config):
+def test_a_connection_file_is_followed_until_the_kernel_answers(session, spec):
     """As a batch job writes where it runs; meanwhile it may be missing or half-written."""
-    manager_config(shutdown_wait_time=60)
+    session.configure(shutdown_wait_time=60)
     spec("moved", "sh", "-c", "sleep .5; f={connection_file}; mv $f $f.old; sleep .5; "
          "sed s/127.0.0.1/127.0.0.2/ $f.old >$f.new; head -c 99 $f.new >$f; sleep .5; "
          f"mv $f.new $f; rm $f.old; exec {' '.join(LAUNCH)}")
@@ -1828,11 +1711,78 @@ def test_a_connection_file_is_followed_until_the_kernel_answers(session, spec, m
     assert gone(session.moved.pid, 1) and session.took < 20
 
 
+def test_one_file_is_enough_and_may_be_edited_while_a_session_is_open(tmp_path):
+    shutil.copy(HERE / "remote_exec.py", tmp_path)
+    done = ipython("_ = open('remote_exec.py', 'w').write('# no more')",
+                   "%remote_exec -k k=python3 -p _ -o x x = _ * 2", "print(k.x)", cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("18\n", "")
+
+
 def test_the_limit_of_open_files_is_raised():
-    done = ipython(*script("targets = ['c%d=python3' % i for i in range(14)]",
-                           "%remote_exec -k {targets} -o x x = 1", "print(c0.x + c13.x)"),
+    done = ipython("targets = ['c%d=python3' % i for i in range(14)]",
+                   "%remote_exec -k {targets} -o x x = 1", "print(c0.x + c13.x)",
                    before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (60, 4096)))
     assert (done.stdout, done.stderr) == ("2\n", "")
+
+
+@pytest.mark.parametrize("name, mode", [("x" * 150, 0o700), ("runtime", 0o500)])
+def test_directories_may_be_long_not_there_or_read_only_and_nothing_stays(tmp_path, name, mode):
+    """Where the home can't be written, files are in the session's own directory."""
+    tmp_path.chmod(mode)
+    before = files()
+    # root may write anywhere, unless it gives up CAP_DAC_OVERRIDE (prctl(2): 24, 1)
+    done = ipython(
+        "%remote_exec -k k=python3 import ipykernel; f = ipykernel.get_connection_file(); "
+        "print(*[oct(os.stat(each).st_mode & 0o777) for each in (f, os.path.dirname(f))], f)",
+        before=lambda: ctypes.CDLL(None).prctl(24, 1, 0, 0, 0), IPYTHONDIR=WORK.name,
+        HOME=str(tmp_path), TMPDIR=str(tmp_path / "nowhere"),
+        JUPYTER_RUNTIME_DIR=str(tmp_path / name))
+    file, directory, path = done.stdout.split()[-3:]
+    assert (file, directory, done.stderr) == ("0o600", "0o700", ""), done
+    assert (str(tmp_path) in path) == (mode == 0o700) and files(done.pid) <= before
+    assert not [*(tmp_path / name).glob("*")] and not os.path.exists(path)
+
+
+def test_a_sessions_directory_that_somebody_removed_is_made_anew(session):
+    info = json.loads(session.connection_file("a").read_text())
+    shutil.rmtree(os.path.dirname(info["ip"]))
+    session.ok("-k d=python3 1")
+    session.ok("-k a,b,d -s")  # the sockets of the older ones are gone, too
+
+
+def test_restarts_runs_failures_and_interrupts_leak_nothing(session):
+    for _ in turns_that_leak_nothing(4):
+        session.ok("-k c=python3,d=python3 -s -o x -b x = 1")
+        session.fails("-k c,d os._exit(3)")
+        session.interrupted("-k c,d -i press,wait {press}; {wait}")
+
+
+def test_start_up_files_that_start_kernels_make_no_endless_chain(tmp_path):
+    """At the third level the start is refused, with a line that says why."""
+    profile = tmp_path / "profile_default"
+    (profile / "startup").mkdir(parents=True)
+    (profile / "ipython_config.py").write_text(
+        "c.InteractiveShellApp.extensions = ['remote_exec']\n")
+    (profile / "startup" / "10.py").write_text(
+        f"import os, pathlib\nfile = pathlib.Path({str(tmp_path)!r}, f'{{os.getpid()}}.pid')\n"
+        "file.touch()\nif len(list(file.parent.glob('*.pid'))) <= 10:  # the brake\n"
+        "    try: get_ipython().run_line_magic('remote_exec', '-k gpu=python3 x = 1')\n"
+        "    except BaseException as error: file.write_text(str(error))\n")
+    done = ipython("%remote_exec -k gpu print(6 * x)", load="",
+                   IPYTHONDIR=str(tmp_path), PYTHONPATH=str(HERE))
+    said = {int(file.stem): file.read_text() for file in tmp_path.glob("*.pid")}
+    assert all(map(gone, said)) and len(said) == 3
+    refused, = filter(None, said.values())
+    assert re.fullmatch(".*start-?up.*", refused) and done.stdout == "6\n"
+
+
+def test_what_started_a_kernel_is_told_to_end(session, spec, tmp_path):
+    session.configure(shutdown_wait_time=4)
+    spec("wrapped", "sh", "-c", f"trap 'touch {tmp_path}/ended; exit' TERM; {' '.join(LAUNCH)}; "
+                                "while :; do sleep .1; done")
+    pid = session.ok("-k wrapped 1") or session.there("wrapped", "os.getppid()")
+    session.ok("-k wrapped -s")
+    assert (tmp_path / "ended").exists() and gone(pid)
 
 
 def test_a_notebooks_end_takes_two_seconds_and_leaves_nothing():
@@ -1853,128 +1803,48 @@ def test_a_notebooks_end_takes_two_seconds_and_leaves_nothing():
     assert all(gone(pid, 1) for pid in pids) and files(session) <= before
 
 
-def test_a_scripts_end_is_silent_lets_far_exit_handlers_finish_and_leaves_nothing(tmp_path):
-    """Within `shutdown_wait_time`. One kernel has an exit handler, one a thread and is busy."""
+@pytest.mark.parametrize("presses", [0, 1, 3])  # of Ctrl-C, meanwhile
+def test_a_scripts_end_is_silent_lets_far_exit_handlers_finish_and_leaves_nothing(
+        tmp_path, presses):
+    """One kernel has a handler, the other one a thread; it is busy and ignores interrupts."""
     before = files()
-    done = ipython(*script(
+    done = ipython(
         "get_ipython().config.KernelManager.shutdown_wait_time = 12",
         "%remote_exec -k k=python3,m=python3 -o pid import atexit, time; pid = os.getpid()",
         "%remote_exec -k k atexit.register(lambda: "
         f"(time.sleep(4), open({str(tmp_path / 'ended')!r}, 'w')));",
-        "%remote_exec -k m -b import threading; threading.Timer(99, print).start(); time.sleep(99)",
-        "import time; print(k.pid, m.pid, time.time())"))
+        "%remote_exec -k m -b import signal, threading; threading.Timer(99, print).start(); "
+        "signal.signal(2, lambda *_: 0); time.sleep(99)",
+        "import atexit, subprocess, time; print(k.pid, m.pid, time.time())",
+        f"_ = atexit.register(subprocess.Popen, 'sleep .2; kill -2 $PPID; ' * {presses}, shell=1)")
     ended = time.time()
     *pids, last = done.stdout.split()
     assert done.stderr == "" and ended - float(last) < 15 and (tmp_path / "ended").exists()
     assert all(gone(int(pid), 1) for pid in pids) and files(done.pid) <= before
 
 
-def test_what_started_a_kernel_is_told_to_end(session, spec, tmp_path, manager_config):
-    manager_config(shutdown_wait_time=4)
-    spec("wrapped", "sh", "-c", f"trap 'touch {tmp_path}/ended; exit' TERM; {' '.join(LAUNCH)}; "
-                                "while :; do sleep .1; done")
-    pid = session.ok("-k wrapped 1") or session.there("wrapped", "os.getppid()")
-    session.ok("-k wrapped -s")
-    assert (tmp_path / "ended").exists() and gone(pid)
-
-
-def test_where_the_home_cannot_be_written_files_are_in_the_sessions_own_directory(tmp_path):
-    tmp_path.chmod(0o500)
-    # root may write anywhere, unless it gives up CAP_DAC_OVERRIDE (prctl(2): 24, 1)
-    done = ipython(*script(
-        "%remote_exec -k k=python3 import ipykernel; f = ipykernel.get_connection_file(); "
-        "print(*[oct(os.stat(each).st_mode & 0o777) for each in (f, os.path.dirname(f))], f)"),
-        before=lambda: ctypes.CDLL(None).prctl(24, 1, 0, 0, 0),
-        HOME=str(tmp_path), JUPYTER_RUNTIME_DIR=str(tmp_path / "runtime"))
-    file, directory, path = done.stdout.split()[-3:]
-    assert (file, directory) == ("0o600", "0o700"), done
-    assert str(tmp_path) not in path and not os.path.exists(os.path.dirname(path))
-
-
-def test_start_up_files_that_start_kernels_make_no_endless_chain(tmp_path):
-    """At the third level the start is refused, with a line that says why."""
-    profile = tmp_path / "profile_default"
-    (profile / "startup").mkdir(parents=True)
-    (profile / "ipython_config.py").write_text(
-        "c.InteractiveShellApp.extensions = ['remote_exec']\n")
-    (profile / "startup" / "10.py").write_text(
-        f"import os, pathlib\nfile = pathlib.Path({str(tmp_path)!r}, f'{{os.getpid()}}.pid')\n"
-        "file.touch()\nif len(list(file.parent.glob('*.pid'))) <= 10:  # the brake\n"
-        "    try: get_ipython().run_line_magic('remote_exec', '-k gpu=python3 x = 1')\n"
-        "    except BaseException as error: file.write_text(str(error))\n")
-    done = ipython("-c", "%remote_exec -k gpu print(6 * x)",
-                   IPYTHONDIR=str(tmp_path), PYTHONPATH=str(HERE))
-    said = {int(file.stem): file.read_text() for file in tmp_path.glob("*.pid")}
-    assert all(map(gone, said)) and len(said) == 3
-    refused, = filter(None, said.values())
-    assert re.fullmatch(".*start-?up.*", refused) and done.stdout == "6\n"
-
-
-def test_directories_may_be_long_or_not_there_and_nothing_stays(tmp_path):
-    runtime, before = tmp_path / ("x" * 150), files()
-    done = ipython(*script("%remote_exec -k k=python3 print(6 * 7)"),
-                   TMPDIR=str(tmp_path / "nowhere"), JUPYTER_RUNTIME_DIR=str(runtime))
-    assert (done.stdout, done.stderr) == ("42\n", "")
-    assert not [*runtime.iterdir()] and files(done.pid) <= before
-
-
-def test_a_sessions_directory_that_somebody_removed_is_made_anew(session, connection):
-    shutil.rmtree(os.path.dirname(connection[1]["ip"]))
-    session.ok("-k d=python3 1")
-    session.ok("-k a,b,d -s")  # the sockets of the older ones are gone, too
-
-
-def test_restarts_runs_failures_and_interrupts_leak_nothing(session):
-    for turn in range(4):
-        session.ok("-k c=python3,d=python3 -s -o x -b x = 1")
-        session.fails("-k c,d os._exit(3)")
-        session.interrupted("-k c,d -i press,wait {press}; {wait}")
-        if not turn:
-            opened = Opened()
-    assert opened.is_no_more(), (opened.before, opened.now())
+@pytest.mark.parametrize("end", ["%unload_ext remote_exec", ""])
+def test_a_session_may_end_while_a_thread_starts_a_kernel(spec, tmp_path, end):
+    begun = tmp_path / "begun"
+    spec("sleeper", "sh", "-c", f"echo $$ >{begun}; exec sleep 1000")
+    done = ipython(
+        "import threading, time; threading.excepthook = lambda _: None",
+        "start = lambda: get_ipython().run_line_magic('remote_exec', '-k s=sleeper 1')",
+        "threading.Thread(target=start, daemon=True).start()", gate(begun), "time.sleep(.5)",
+        end, "print(time.time())")
+    assert time.time() - float(done.stdout.splitlines()[-1]) < 10 and done.stderr == "", done
+    assert gone(int(begun.read_text()), 5) and not files(done.pid) - files()
 
 
 def test_in_a_forked_child_the_magic_is_refused_and_its_end_touches_nothing():
-    done = ipython(*script(
+    done = ipython(
         "%remote_exec -k k=python3 x = 8", "import atexit, multiprocessing", "def child():",
         "    try: get_ipython().run_line_magic('remote_exec', '-k k 1')",
         "    except Exception as error: print(error, flush=True)", "    atexit._run_exitfuncs()",
         "worker = multiprocessing.get_context('fork').Process(target=child)",
         "worker.start(); worker.join(15); worker.kill()",
-        "%remote_exec -k k -o x", "print(worker.exitcode, k.x)"))
+        "%remote_exec -k k -o x", "print(worker.exitcode, k.x)")
     assert re.fullmatch(r"\w+ .*\n0 8\n", done.stdout), done
-
-
-def test_the_magic_of_before_an_unload_is_refused_in_plain_words(session):
-    magic = session.shell.find_line_magic("remote_exec")
-    session.load("reload")
-    with pytest.raises(Exception, match=r"\w+ \w+"):
-        magic("-k a 1")
-
-
-@pytest.mark.parametrize("end", ["%unload_ext remote_exec", ""])
-def test_a_session_may_end_while_a_thread_starts_a_kernel(spec, tmp_path, end):
-    begun = tmp_path / "begun"
-    spec("sleeper", "sh", "-c", f"echo $$ >{begun}; exec sleep 1000")
-    done = ipython(*script(
-        "import threading, time; threading.excepthook = lambda _: None",
-        "start = lambda: get_ipython().run_line_magic('remote_exec', '-k s=sleeper 1')",
-        "threading.Thread(target=start, daemon=True).start()", gate(begun), "time.sleep(.5)",
-        end, "print(time.time())"))
-    assert time.time() - float(done.stdout.splitlines()[-1]) < 10 and done.stderr == "", done
-    assert gone(int(begun.read_text()), 5) and not files(done.pid) - files()
-
-
-@pytest.mark.parametrize("presses", [1, 3])
-def test_ctrl_c_during_the_exit_leaves_nothing(presses):
-    done = ipython(*script(
-        "%remote_exec -k k=python3,m=python3 -o pid pid = os.getpid()", "print(k.pid, m.pid)",
-        "%remote_exec -k k import threading; threading.Timer(100, print).start()",
-        "%remote_exec -k m -b import signal, time; signal.signal(2, lambda *_: 0); time.sleep(100)",
-        "import atexit, subprocess",
-        f"_ = atexit.register(subprocess.Popen, 'sleep .2; kill -2 $PPID; ' * {presses}, shell=1)"))
-    assert all(gone(int(pid), 8) for pid in done.stdout.split()), done
-    assert until(lambda: not Inside.directories(done.pid), 5)
 
 
 # ---- Far kernels and batch queues -----------------------------------------
@@ -1998,10 +1868,10 @@ def check_far_kernels(session, targets):
 
 def check_the_end_of_a_session(*specs):
     """End a session that has kernels of these kernelspecs, the last one busy."""
-    done = ipython(*script(
+    done = ipython(
         f"%remote_exec -k k=python3,m={specs[0]},n={specs[1]} -o pid pid = os.getpid()",
         "%remote_exec -k n -b import time; time.sleep(60)",
-        "import time; print(k.pid, m.pid, n.pid, time.time())"))
+        "import time; print(k.pid, m.pid, n.pid, time.time())")
     *pids, last = done.stdout.split()
     assert time.time() - float(last) < 4 and all(gone(int(pid)) for pid in pids)
 
@@ -2042,7 +1912,7 @@ def test_a_host_that_cannot_be_reached_is_named(session, spec, host):
 @pytest.mark.skipif(not SSH_LINK, reason="no link to cut: REMOTE_EXEC_SSH_LINK")
 def test_without_a_network_limits_and_ctrl_c_work_and_a_result_still_arrives(session, far_specs):
     session.ok("-k far=sshpyk-far,late=sshpyk-far,stopped=sshpyk-far 1")
-    with cut_link(1, 12):
+    with later(1, CUT.format(12)):
         failures = session.fails("-k late -t 2 import time; time.sleep(4); x = 7")
         assert failures["late"].ename == "TimeoutError" and session.took < 12
         assert any("late does not answer since" in text for text in session.status)
@@ -2050,7 +1920,7 @@ def test_without_a_network_limits_and_ctrl_c_work_and_a_result_still_arrives(ses
         assert "late is still busy" in session.misused("-k late,far 1")
         session.ok("-k far -o x import time; time.sleep(3); x = 7")
     assert session.far.x == 7
-    with cut_link(0, 3):
+    with later(0, CUT.format(3)):
         assert session.interrupted("-k stopped -s", presses=[1]) == "stopped not waited for"
 
 
@@ -2062,7 +1932,7 @@ def test_the_end_of_a_session_leaves_no_kernel_over_ssh(far_specs):
 @over_ssh
 def test_a_tunnel_that_was_killed_loses_at_most_the_reply(session, far_specs):
     session.ok("-k far=sshpyk-far 1")
-    with subprocess.Popen(["sh", "-c", f"sleep 1; ssh -q -O exit {SSH_HOST}"]):
+    with later(1, f"ssh -q -O exit {SSH_HOST}"):
         session.run("-k far -o x -t 60 import time; time.sleep(4); x = 7")
     assert session.error is None and session.far.x == 7 or (
         session.error.failures["far"].ename == "LostReplyError"), session.error
@@ -2078,11 +1948,11 @@ def test_jobs_on_two_nodes_do_what_local_kernels_do(session, job):
 @in_queue
 def test_a_job_that_is_cancelled_is_dead_and_started_anew(session, job):
     session.ok("-k p=slurm-one 1")
-    with scancel(after=1):
+    with later(1, CANCEL):
         failures = session.fails("-k p import time; time.sleep(60)")
     assert failures["p"].ename == "DeadKernelError" and session.took < 20
     session.ok("-k p 1")
-    scancel().wait()
+    later(0, CANCEL).wait()
     assert until(lambda: not jobs())
     session.ok("-k p 1")
     assert "started anew" in session.err
@@ -2103,7 +1973,7 @@ def test_a_job_that_waits_in_the_queue_is_told_and_taken_out_by_ctrl_c(session, 
     ([], ("{connection_file}", "/not/shared.json"), "/not/shared.json: No such file"),
     ([], ("127.0.0.1", "nothing"), "not ready after 3.*127.0.0.1")])  # who knows where it is
 def test_a_job_that_cannot_start_names_the_cause(session, job, options, change, cause):
-    session.startup_timeout(3)
+    session.configure(startup_timeout=3)
     job("bad", "-w", NODES[1], *options, change=change)
     session.fails("-k bad 1")
     assert re.search(cause, str(session.error)) and until(lambda: not jobs(), 2)
@@ -2146,17 +2016,14 @@ def test_the_help_and_the_readme_name_all_options():
 
 
 EXERCISED = {  # a test for each row of the README's tables, by what the row begins with
-    "-k": "test_a_call_does_what_its_options_say",
-    "-o, --output": "test_values_of_any_kind_arrive_equal_and_writable",
+    "-[kps], --": "test_a_call_does_what_its_options_say",
+    "-o, --output": "test_values_of_any_kind_arrive_equal_and_writable_and_stay_shared",
     "-i": "test_substitution_is_one_exact_pass",
-    "-p, --push": "test_a_call_does_what_its_options_say",
-    "-s": "test_a_call_does_what_its_options_say",
-    "-t": "test_a_time_out_interrupts_only_who_is_late_and_tells_who_ignores_it",
+    "-t|TimeoutError": "test_a_time_out_interrupts_only_who_is_late_and_tells_who_ignores_it",
     "-b": "test_a_background_call_returns_at_once_and_tells_since_when_it_runs",
     "-l": "test_the_list_shows_kernels_and_kernelspecs",
     "that of the": "test_an_error_is_the_far_tracebacks_in_their_order_without_our_frames",
     "DeadKernelError": "test_a_kernel_that_fails_takes_nothing_from_the_others",
-    "TimeoutError": "test_a_time_out_interrupts_only_who_is_late_and_tells_who_ignores_it",
     "LostReplyError": "test_a_reply_that_was_lost_with_the_connection_is_told",
     "ShutdownError": "test_a_kernel_whose_end_cannot_be_made_sure_is_told",
     "AbortedError": "test_what_another_clients_failure_made_the_kernel_drop_is_told",
@@ -2178,14 +2045,17 @@ def test_each_row_of_the_readmes_tables_is_exercised():
 def check_cells(text, **folders):
     """Run each Python block as a cell of a notebook. The block below it is what shows, lines of
     several kernels in any order. These folders take the place of those that the text names."""
+    import nbclient
+    import nbformat
     cells = re.findall(r"(?sm)^```python\n(.*?)^```\n(?:```\n(.*?)^```$)?", text)
-    notebook = run_with_nbclient(
-        "%unload_ext remote_exec\n%colors nocolor",  # and this machine may have more kernelspecs:
-        "get_ipython().config.KernelSpecManager.allowed_kernelspecs = {'far', 'python3'}",
-        *(re.sub(r"~/(\w+)", lambda match: str(folders[match[1]]), code) for code, _ in cells),
-        allow_errors=True)
     assert cells
-    for (code, expected), cell in zip(cells, notebook.cells[3:]):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in (
+        "%colors nocolor",  # and this machine may have more kernelspecs:
+        "get_ipython().config.KernelSpecManager.allowed_kernelspecs = {'far', 'python3'}",
+        *(re.sub(r"~/(\w+)", lambda match: str(folders[match[1]]), code) for code, _ in cells))])
+    nbclient.execute(
+        notebook, str(HERE), kernel_name="python3", timeout=60, allow_errors=True)
+    for (code, expected), cell in zip(cells, notebook.cells[2:]):
         shown = "\n".join(text for each in cell.outputs for text in (
             each.get("text", ""), *each.get("traceback", []),
             each.get("data", {}).get("text/plain", "")))
@@ -2277,9 +2147,9 @@ CURVE = ["--IPController.enable_curve=True"]
     ("out of the box", {}, [], THINGS), ("nobody can listen in", {}, CURVE, ["100 MB"]),
     ("over TCP", {"transport": "tcp", "transport_encryption": "disabled"}, [], ["100 MB"]),
     ("over encrypted TCP", {"transport": "tcp"}, CURVE, ["100 MB"])])
-def test_bench_ipyparallel(session, manager_config, how, config, arguments, things):
+def test_bench_ipyparallel(session, how, config, arguments, things):
     import ipyparallel
-    manager_config(**config)
+    session.configure(**config)
     session.ok("-k n=python3 1;")
     with ipyparallel.Cluster(n=1, log_level=40, controller_args=arguments) as client:
         client.wait_for_engines(1, timeout=60)
@@ -2318,8 +2188,8 @@ def test_bench_ipyparallel(session, manager_config, how, config, arguments, thin
 def test_bench_a_bare_client(session, what, ours, theirs, times):
     context = zmq.Context()
     context.rcvhwm = 0  # it loses nothing
-    client = BlockingKernelClient(context=context, connection_file=session.there(
-        "a", "__import__('ipykernel').get_connection_file()"))
+    client = BlockingKernelClient(
+        context=context, connection_file=str(session.connection_file("a")))
     client.load_connection_file()
     client.start_channels()
     client.wait_for_ready(timeout=60)
