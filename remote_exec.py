@@ -532,11 +532,10 @@ INTERRUPT_TIMEOUT = 5  # seconds that code has to end after its time-out's inter
 def raise_open_files_limit():
     """Raise the soft limit towards the hard one: each kernel takes some 20 open files."""
     with contextlib.suppress(ImportError):  # Windows has no such limit
-        import resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        from resource import RLIMIT_NOFILE, getrlimit, setrlimit
+        soft, hard = getrlimit(RLIMIT_NOFILE)
         if 0 <= soft < 65536:  # (a negative one is no limit)
-            wanted = min(hard, 65536) if hard >= 0 else 65536
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            setrlimit(RLIMIT_NOFILE, (min(hard, 65536) if hard > 0 else 65536, hard))
 
 
 class Process:
@@ -826,6 +825,7 @@ class Kernel:
         """Return the job that calls one of the methods below in the kernel's thread."""
         if not self.thread.is_alive():  # (in the thread, what raises here would end it)
             self.loop = loop = asyncio.new_event_loop()
+            loop.set_exception_handler(lambda *_: None)  # of what is pending when it ends
             threading.Thread(target=lambda: (loop.run_forever(), loop.close()), daemon=True).start()
             self.thread.start()
         job = Job(screen, functools.partial(function, *arguments, **options))

@@ -804,14 +804,16 @@ def test_a_namespace_stays_the_same_object_and_shows_just_the_variables_that_cam
         session.read("a.nope")
 
 
-def test_reloading_ends_kernels_and_runs_leaks_nothing_and_knows_its_names_again(session):
-    """The magic of before is refused."""
+def test_reloading_ends_kernels_and_runs_leaks_nothing_and_knows_its_names_again(
+        session, other, caplog):
     namespace, magic = session.a, session.shell.find_line_magic("remote_exec")
     for _ in turns_that_leak_nothing(3):
         pid = session.there("a", "os.getpid()")
         session.ok("-k a,b -i wait -o n -b {wait}")
+        session.ok(f"-k far={other.file} -b __import__('time').sleep(2)")
+        time.sleep(1.5)  # since half a second, something looks whether `far` lives
         session.shell.extension_manager.reload_extension("remote_exec")
-        assert gone(pid)
+        assert gone(pid) and gc.collect() >= 0 and "pending" not in caplog.text
         with pytest.raises(Exception, match="a: ShutdownError: "):  # a RemoteError of before
             session.read("a.n")
         with pytest.raises(Exception, match=r"\w+ \w+"):
@@ -1456,7 +1458,6 @@ def test_one_ctrl_c_waits_for_the_outputs_and_a_second_one_does_not(session, lin
     pytest.param("-b {begun}; {stubborn}", "-k a,b -o y y = 1", id="collecting"),
     pytest.param("", "-k a,b -p late 1", id="preparing")])
 def test_a_second_ctrl_c_gives_the_prompt_back_and_the_kernel_stays_busy(session, ahead, line):
-    """Until it is replaced."""
     session.ns["late"] = Runs(f"{session.ns['begun']}\n{session.ns['stubborn']}")
     session.ok(f"-k a -i begun,stubborn {ahead}")
     assert re.search(r"\ba\b.* still busy", session.interrupted(line, presses=[session.begun, 0.5]))
@@ -1843,7 +1844,6 @@ def test_what_started_a_kernel_is_told_to_end(session, spec, tmp_path, run):
 
 
 def test_a_notebooks_end_takes_two_seconds_and_leaves_nothing():
-    """One kernel holds a thread, one ignores shutdown, one is busy and ignores interrupts."""
     before, notebook = files(), Notebook()
     session = notebook.value("__import__('os').getpid()")
     notebook.ok("%remote_exec -k k1=python3,k2=python3,k3=python3 -o pid "
