@@ -798,6 +798,7 @@ class Kernel:
     writes the fields, unless their comment names another."""
 
     def __init__(self, magics, name):
+        raise_open_files_limit()
         self.magics, self.name, self.namespace = magics, name, KernelNamespace(self)
         self.spec: str = name
         self.lock = threading.RLock()  # held by a call, which also writes the next two fields
@@ -1438,7 +1439,6 @@ class RemoteExecMagics(magic.Magics):
 
     def __init__(self, shell, **options):
         super().__init__(shell, **options)
-        raise_open_files_limit()
         self.kernels: dict[str, Kernel] = {}  # by NAME; also those that were shut down
         self.ends: list = []     # futures of processes that are to end
         parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
