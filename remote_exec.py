@@ -1,8 +1,8 @@
 """Run a line or a cell on one or many Jupyter kernels, and bring variables back.
 
-`%load_ext remote_exec` registers the magic; its help page is `%remote_exec?`.
-Each kernel has a thread here, which starts it, talks to it and stops it in plain blocking code.
-All output and all input go through the thread that called the magic.
+Each kernel has two threads here: one runs `Kernel`, `Connection` and `Request` in plain blocking
+code, the other an asyncio loop with the coroutines of `Process`. The user's thread does the rest,
+like output and input: it is the magic's caller, or the notebook's main thread between two cells.
 """
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class KernelError(Exception):
 
 def failure_of(error):
     """Return an exception as a `Failure`."""
-    is_ours = type(error).__name__ == "KernelError"  # maybe that of before a reload
+    is_ours = type(error).__name__ == "KernelError"  # or the class from before a reload
     return Failure(*error.args) if is_ours else Failure(type(error).__name__, str(error))
 
 
@@ -100,7 +100,7 @@ class RemoteError(Exception):
 
 
 def label(name, text, labelled):
-    """Return the label of a kernel, ahead of a text: in its line, or above its lines."""
+    """Return the label to put before a text: on the same line, or above several lines."""
     return f"[{name}] " + ("\n" if "\n" in text else "") if labelled else ""
 
 
@@ -218,7 +218,7 @@ exec({REMOTE_SOURCE!a}, vars(__import__('sys').modules.setdefault(
 # ---- the line -------------------------------------------------------------
 
 def parse_line(line):
-    """Return ({letter: argument}, code) of the magic's line; lists that are given twice add up."""
+    """Return ({letter: argument}, code) of the magic's line; join lists of a repeated option."""
     words, options = line.split(), {}
     try:
         pairs, rest = getopt.getopt(words, "k:o:i:p:t:sbl", [
@@ -231,12 +231,12 @@ def parse_line(line):
     return options, line.split(None, len(words) - len(rest))[-1] if rest else ""
 
 
-# Gives a name the form in which Python knows it (Language Reference, 2.3).
+# Returns a name in the form in which Python stores it (Language Reference, 2.3).
 normalize = functools.partial(unicodedata.normalize, "NFKC")
 
 
 def variable_name(option, text, hint="separate names by commas, without blanks"):
-    """Return the name of a variable. Raises UsageError if none may have it."""
+    """Return the normalized name of a variable. Raises UsageError if it can't be one."""
     name = normalize(text)
     if not name.isidentifier() or keyword.iskeyword(name):
         raise UsageError(f"-{option}: {text!r} is not a variable's name; {hint}")
@@ -266,7 +266,7 @@ def parse_seconds(text):
 
 
 def find_kernelspec(wanted, specs):
-    """Return the kernelspec that a user means by its name, or by a part or pattern of no other."""
+    """Return the one kernelspec that has the wanted name, else contains it, else its parts."""
     pattern = re.compile(".*".join(map(re.escape, wanted.split("_"))), re.IGNORECASE)
     found = ([spec for spec in specs if spec == wanted.lower()]
              or sorted(spec for spec in specs if wanted in spec)
@@ -293,10 +293,10 @@ def substitute(code, name, values):
 # ---- what the user sees and says ------------------------------------------
 
 class Interrupts:
-    """In the main thread, counts each Ctrl-C (SIGINT) instead of raising it, until the end."""
+    """Count each Ctrl-C in the main thread; raise KeyboardInterrupt only when the block ends."""
 
     count = 0
-    raises: str | None = None  # what to raise at once
+    raises: str | None = None  # if set, raise each Ctrl-C at once, with this text
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -317,7 +317,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def raising(self, text):
-        """Raise a Ctrl-C at once, with this text: a user's object may take any time."""
+        """Raise each Ctrl-C at once, with this text, as the user's own code may take any time."""
         try:
             self.raises = text
             yield
@@ -337,10 +337,10 @@ class Screen:
     def __init__(self, shell, labelled):
         self.shell, self.labelled = shell, labelled
         self.notebook = getattr(shell, "kernel", None)  # the ipykernel of this notebook
-        self.context = contextvars.copy_context()  # ipykernel keeps there which cell it is
+        self.context = contextvars.copy_context()  # where ipykernel keeps the parent cell
         self.queue: collections.deque = collections.deque()
         self.waiter: threading.Event | None = None  # set by new items, while a thread waits
-        self.file = sys.stdout   # the latest that was written to
+        self.file = sys.stdout   # the one last written to
         self.partial_lines = {}  # text without the end of its line, by (kernel, stream)
         self.status_display = None  # the status line, while there is one
 
@@ -350,7 +350,7 @@ class Screen:
         self.schedule()
 
     def schedule(self):
-        """Wake the waiting thread, or else the notebook's event loop, to show the queue."""
+        """Have the thread that waits, or else the notebook's event loop, show the queue."""
         waiter = self.waiter  # (which the user's thread may set to None at any time)
         if waiter:
             waiter.set()
@@ -371,7 +371,7 @@ class Screen:
             self.schedule()
 
     def move_to(self, screen):
-        """From now on, show the output under the cell of another call, which waits for it."""
+        """Show all later output under the cell of another call, which waits for it."""
         self.context, self.labelled = screen.context, self.labelled or screen.labelled
 
     def write(self, file, text):
@@ -431,7 +431,7 @@ class Screen:
                                        transient=transient, update=update)
 
     def show_status(self, text):
-        """Show one line, which is updated in place; without text, take it away."""
+        """Show a status line, or replace its text; remove it if the text is empty."""
         data = {"text/plain": text}
         if self.notebook and self.status_display:
             self.status_display.update(data, raw=True)
@@ -456,14 +456,14 @@ class Screen:
 
 
 class Widgets:
-    """The comms of a kernel's widgets, each with one here (protocol, "Custom Messages")."""
+    """Relays between a kernel's comms and a comm here for each (protocol, "Custom Messages")."""
 
     def __init__(self, kernel):
         self.kernel, self.comms = kernel, {}
         self.active_outputs = []  # the `Output` widgets that capture, the latest last
 
     def show(self, screen, kind, content, metadata, buffers):
-        """Show an output of the kernel, or pass its comm message on where there is a front end."""
+        """Show an output, or relay a comm message if there is a front end; in the user's thread."""
         if not kind.startswith("comm_"):
             self.capture(True)
             try:
@@ -503,9 +503,9 @@ class Widgets:
                                           "state": {"msg_id": parent if begins else ""}})
 
     def send_to_kernel(self, kind, message):
-        """Pass a front end's message on; wait until the kernel has dealt with it, unless busy."""
+        """Send a front end's message on; unless the kernel is busy, wait until it is handled."""
         kernel, is_busy = self.kernel, bool(self.kernel.jobs)
-        if threading.current_thread() is not threading.main_thread():  # where Ctrl-C comes
+        if threading.current_thread() is not threading.main_thread():  # only that one gets Ctrl-C
             loop, done = kernel.screen.notebook.io_loop.asyncio_loop, concurrent.futures.Future()
             loop.call_soon_threadsafe(lambda: done.set_result(self.send_to_kernel(kind, message)))
             return done.result()
@@ -524,7 +524,7 @@ class Widgets:
 
 POLL_AFTER = 1         # seconds without a message after which we ask whether the kernel lives
 POLL_INTERVAL = 3      # seconds between two such questions
-HEARTBEAT_TIMEOUT = 2  # seconds of silence before we ask for its heartbeat, and before we miss it
+HEARTBEAT_TIMEOUT = 2  # seconds of silence before a ping; then seconds until its answer is missing
 REPLY_TIMEOUT = 2      # seconds until an interrupt_request without reply becomes a signal
 INTERRUPT_TIMEOUT = 5  # seconds that code has to end after its time-out's interrupt
 
@@ -543,16 +543,16 @@ class Process:
     that was attached to: then only its connection file is known. Written by the kernel's thread."""
 
     def __init__(self, magics, loop, spec):
-        """Raises what launching raises; `launched` is the future of the rest of it."""
+        """Begin the launch; `launched` is the future of its end. Raises what fails at once."""
         self.loop: asyncio.AbstractEventLoop = loop
         self.owns_kernel = not spec.endswith(".json")
         self.exit_reason: str | None = None  # how it ended, if it did; `poll` writes it in the loop
-        self.last_poll = 0.0  # when the provisioner was last asked
+        self.last_poll: float = 0.0  # when the provisioner was last asked
         # With our own standard error, what the process writes would show twice.
         runtime_dir = magics.runtime_dir()
         self.stderr = tempfile.TemporaryFile(dir=runtime_dir)
         if not self.owns_kernel:
-            self.connection_file = spec
+            self.connection_file: str = spec
             self.launched = self.latest_poll = self.run_in_loop(asyncio.sleep(0))
             return
         depth = int(os.environ.get("REMOTE_EXEC_DEPTH", 0)) + 1
@@ -575,15 +575,15 @@ class Process:
 
     @property
     def has_exited(self):
-        """Whether a local process of ours has ended."""
+        """Return whether a local process that we launched has ended."""
         provisioner = self.manager.provisioner if self.owns_kernel else None
         process = getattr(provisioner, "process", None)
         return process is not None and process.poll() is not None
 
     async def poll(self, client):
-        """Write the reason for the exit, if it has ended."""
+        """Set `exit_reason` if the process has ended; runs in the thread of the asyncio loop."""
         if self.owns_kernel:
-            code = await self.manager.provisioner.poll()  # some tell it only once
+            code = await self.manager.provisioner.poll()  # some provisioners return it only once
             if code is not None:
                 names = {-each: f"killed by {each.name}" for each in signal.Signals}
                 reason = names.get(code, f"exit code {code}")  # a remote code may mean anything
@@ -606,8 +606,8 @@ class Process:
         return f" [{' | '.join(lines)}]" if lines else ""
 
     async def shutdown(self, requested, seconds):
-        """End our process. It gets SIGTERM after half of the seconds (None: `shutdown_wait_time`),
-        or at once if it could not be requested, so that srun takes its job along; then SIGKILL."""
+        """End our process: by SIGTERM after half of the seconds (None: `shutdown_wait_time`), or at
+        once if no shutdown was requested, so that srun ends its job, too; in the end by SIGKILL."""
         await asyncio.gather(asyncio.wrap_future(self.launched), return_exceptions=True)
         try:
             if requested:
@@ -626,7 +626,7 @@ class Connection:
     """The sockets to a kernel (protocol, "Introduction"). Written by the kernel's thread."""
 
     def __init__(self, context, wake_receiver):
-        self.context = zmq.Context.shadow(context.underlying)  # has socket options of its own
+        self.context: zmq.Context = zmq.Context.shadow(context.underlying)  # has its own options
         self.context.rcvhwm = self.context.sndhwm = 0  # drop nothing, never block
         self.wake_receiver: socket.socket = wake_receiver
         self.client: KernelClient | None = None   # made from the connection file
@@ -634,10 +634,10 @@ class Connection:
         self.sockets: dict[str, zmq.Socket] = {}  # by channel
         self.last_message = self.last_ping = 0.0
         self.silent_since: str | None = None  # the time of day, while the heartbeat is missing
-        self.disconnected = False             # until a request tells that the kernel works
+        self.disconnected: bool = False  # until a request shows that the kernel works
 
     def connect_if_changed(self, path):
-        """Connect, if the connection file names another address; return if so. (An ipykernel may
+        """Connect, if the connection file names a new address; return if it does. (An ipykernel may
         crash in ZMQ when a peer leaves, so a file that says the same is no reason to reconnect.)"""
         try:
             with open(path, encoding="utf-8") as file:
@@ -663,8 +663,8 @@ class Connection:
         return True
 
     def close(self, linger=0):
-        """Close the sockets, which have so many milliseconds to send what was given to them."""
-        if "monitor" in self.sockets:  # else ZMQ would wait for who takes its last events
+        """Close the sockets; give them ``linger`` milliseconds to send what is queued."""
+        if "monitor" in self.sockets:  # or ZMQ would wait until its last events are read
             self.sockets["shell"].disable_monitor()
         for each in self.sockets.values():
             each.close(linger=linger)
@@ -675,7 +675,7 @@ class Connection:
         return self.client.session.send(self.sockets[channel], kind, content, **more)["msg_id"]
 
     def receive(self, seconds):
-        """Yield (channel, message) of what comes within so many seconds (None: no limit)."""
+        """Wait for messages, at most so many seconds (None: no limit); yield (channel, message)."""
         poller = zmq.Poller()
         for each in (self.wake_receiver, *self.sockets.values()):
             poller.register(each, zmq.POLLIN)
@@ -693,7 +693,7 @@ class Connection:
                     yield channel, message
 
     def check_heartbeat(self):
-        """Ask for the heartbeat after a silence, and note since when it is missing."""
+        """Send a ping after a silence; set `silent_since` if its answer is missing."""
         now, self.silent_since = time.monotonic(), None
         if self.last_message > now - HEARTBEAT_TIMEOUT or not self.sockets:
             return
@@ -716,18 +716,18 @@ class Job(concurrent.futures.Future):
         self.interrupt_reason: Failure | None = None   # written by any thread, see `interrupt`
         self.interrupted_at = 0.0
         self.deadline, self.timeout_text = float("inf"), ""  # see `set_timeout`
-        self.names, self.since = [], ""  # in the background: what it is to bring, since when
+        self.names, self.since = [], ""  # of a background run: its outputs, its state for -l
 
     def finish(self, result, error):
-        """Tell the outcome, unless nobody waits for it any more."""
-        self.function = None  # what it took may be large
+        """Set the outcome, unless a time-out did; for a submitted job, in the kernel's thread."""
+        self.function = None  # its arguments may be large
         if error and not self.done():
             self.set_exception(error)
         elif not self.done():
             self.set_result(result)
 
     def interrupt(self, ename, evalue):
-        """Interrupt what it does; the first reason will be its failure."""
+        """Have the kernel's thread interrupt this job; the first reason given is its failure."""
         if self.interrupt_reason is None:
             self.interrupted_at = time.monotonic()
             self.interrupt_reason = Failure(ename, evalue)
@@ -739,12 +739,12 @@ class Job(concurrent.futures.Future):
 
 
 class Request:
-    """A request on the shell channel, and what came of it. Written by the kernel's thread."""
+    """A request: sent, busy, replied and idle (`Kernel.call`). Written by the kernel's thread."""
 
     def __init__(self, msg_id, has_reply=True):
         self.msg_id: str = msg_id
         self.busy_since: float | None = None
-        self.is_idle = False
+        self.is_idle: bool = False
         self.reply: dict | None = None if has_reply else {}  # its content
         self.outputs: tuple | None = None    # (parts, failures, buffers), see `publish`
         self.failure: Failure | None = None
@@ -752,9 +752,9 @@ class Request:
         self.question: tuple | None = None   # (prompt, whether it asks for a password)
         self.answer: str | None = None       # also written by the user's thread
         self.interrupt_sent: float | None = None
-        self.interrupt_answered = True       # or there is no reply to wait for
+        self.interrupt_answered: bool = True  # or there is no reply to wait for
         self.probe_id: str = "none yet"      # of a later request: its reply shows ours was lost
-        self.probe_sent = 0.0
+        self.probe_sent: float = 0.0
 
     def fail(self, ename, evalue, traceback=()):
         self.failure = self.failure or Failure(str(ename) or "Error", str(evalue), list(traceback))
@@ -785,10 +785,10 @@ class Request:
         return True
 
     def handle_reply(self, content):
-        """Take in the reply, and in it that of the expression which publishes the outputs."""
+        """Store the reply; fail if it, or its expression that publishes the outputs, failed."""
         self.reply = content
         for part in (content, (content.get("user_expressions") or {}).get("remote_exec") or {}):
-            if part.get("status", "ok") != "ok":  # "aborted" has no more to say
+            if part.get("status", "ok") != "ok":  # an "aborted" reply has no ename or evalue
                 evalue = part.get("evalue", "nothing ran: another client's code failed before it")
                 self.fail(part.get("ename", "AbortedError"), evalue, part.get("traceback") or [])
 
@@ -818,7 +818,7 @@ class Kernel:
         self.language: str | None = None     # once it has answered
         self.protocol: int | None = None     # of pickle, if it is a Python with IPython
         self.request: Request | None = None  # the one that it is busy with
-        self.widgets = Widgets(self)
+        self.widgets: Widgets = Widgets(self)
 
     # called by other threads
 
@@ -839,14 +839,14 @@ class Kernel:
             self.wake_sender.send(b"x")
 
     def abandon_jobs(self):
-        """End the jobs at once: the kernel is to be shut down."""
+        """Have all jobs fail at once, since the kernel is to be shut down."""
         for job in tuple(self.jobs):
             job.interrupt_reason = Failure("ShutdownError", "the kernel was shut down")
 
-    # the thread and its jobs
+    # called in the kernel's thread, most of them as or by its jobs
 
     def run_jobs(self):
-        """Do one job after the other; listen in between."""
+        """Run one job after the other; between them, handle what the kernel sends."""
         while self.jobs or not self.magics.is_closed:
             if not self.jobs:
                 self.receive(None)
@@ -867,7 +867,7 @@ class Kernel:
         self.wake_sender.close()
 
     def start(self, spec, timeout):
-        """Start a kernel, or attach to one, unless it is there and works. Raises KernelError."""
+        """Start or attach to a kernel, unless it already works. Raises KernelError."""
         if process := self.process:
             if not (process.has_exited or process.exit_reason or self.connection.disconnected):
                 return
@@ -898,8 +898,8 @@ class Kernel:
             raise KernelError(ename, text) from None
 
     def connect(self):
-        """Wait until the kernel answers (protocol, "Kernel info"). Until then, its connection file
-        is followed: a batch job may write into it on which node it runs."""
+        """Wait until the kernel answers (protocol, "Kernel info"). Until then, reread
+        its connection file: a batch job may write there on which node it runs."""
         process, connection, request = self.process, self.connection, None
         while not (request and request.reply and connection.sockets["stdin"].poll(0, zmq.POLLOUT)):
             self.receive(0.05)
@@ -911,8 +911,8 @@ class Kernel:
                 self.check_alive()
 
     def set_up(self):
-        """Make the module of the remote side. A Python without IPython just runs code."""
-        reply = self.call("kernel_info_request", {}).reply  # its idle status: iopub works, too
+        """Install the remote module in a Python with IPython; other kernels just run code."""
+        reply = self.call("kernel_info_request", {}).reply  # idle: iopub works, too
         info = dict(reply.get("language_info") or {})
         version = tuple(map(int, re.findall(r"\d+", str(info.get("version")))[:2]))
         self.language = str(info.get("name"))
@@ -935,7 +935,7 @@ class Kernel:
         return outputs
 
     def end(self, seconds=None):
-        """Let the kernel go, and its process end if it is ours; return the future of that."""
+        """Disconnect, and shut the process down if it is ours; return the future of its end."""
         process, connection = self.process, self.connection
         owns_kernel = process is not None and process.owns_kernel
         requested = owns_kernel and self.language and not (self.request or process.exit_reason)
@@ -949,7 +949,7 @@ class Kernel:
         return ended
 
     def receive(self, seconds):
-        """Handle the messages that come within so many seconds; return whether any did."""
+        """Wait at most so many seconds for messages, and handle them; return whether any came."""
         came = False
         try:
             for channel, message in self.connection.receive(seconds):
@@ -999,7 +999,7 @@ class Kernel:
         return self.request
 
     def call(self, kind, content, **more):
-        """Send a request; return it when it is complete. Raises KernelError if it failed."""
+        """Send a request; return it once replied and idle. Raises KernelError if it failed."""
         screen, connection = self.jobs[0].screen, self.connection
         request = self.send_request(kind, content, **more)
         if not self.process.owns_kernel:
@@ -1051,8 +1051,8 @@ class Kernel:
         return self.execute("", function, *arguments, **more)
 
     def check_interrupt(self, request):
-        """Interrupt the code if there is a reason to. Not before it has begun: that would be lost,
-        or hit another client's code. Send a signal if no reply comes, as ipykernel 5 needs it."""
+        """Interrupt the code if the job has a reason to, once it has begun: an earlier one would be
+        lost, or hit another client's code. Send a signal if no reply comes (ipykernel 5)."""
         now, job, owns_kernel = time.monotonic(), self.jobs[0], self.process.owns_kernel
         if now > job.deadline and not (self.language and request.reply):
             job.interrupt("TimeoutError", job.timeout_text)
@@ -1077,8 +1077,8 @@ class Kernel:
             job.finish(None, KernelError(ename, text))  # and stays busy
 
     def check_alive(self):
-        """Raise KernelError if the kernel has died. Silence is no death, since a network may be
-        away: then the provisioner is asked, in its loop, since that may take long."""
+        """Raise KernelError if the kernel has died. When its local process exits, or after silence
+        (the network may be down), ask `Process.poll`, in the loop, since that may take long."""
         process, connection, now = self.process, self.connection, time.monotonic()
         connection.check_heartbeat()
         is_silent = now - connection.last_message > POLL_AFTER or connection.disconnected
@@ -1093,7 +1093,7 @@ class Kernel:
             raise KernelError("DeadKernelError", text)
 
     def check_lost(self, request):
-        """Find out by a later request whether reply or idle status was lost with the connection.
+        """Send a second request if the reply or the idle status may be lost: its reply proves it.
         It also wakes an ipykernel whose interrupted `await` would go on."""
         now, connection = time.monotonic(), self.connection
         is_half = (request.reply is not None) != request.is_idle
@@ -1140,8 +1140,8 @@ class KernelNamespace:
 # ---- a call ---------------------------------------------------------------
 
 class Collector:
-    """Waits for kernels in the user's thread, and takes in what they bring."""
-    restart = False  # whether it is to end what they do
+    """Waits for kernels in the user's thread, and loads the outputs that they send."""
+    restart = False  # whether to end what the kernels do (-s)
 
     def __init__(self, screen, kernels):
         self.screen, self.kernels, self.interrupts = screen, kernels, Interrupts()
@@ -1149,7 +1149,7 @@ class Collector:
 
     def wait(self, jobs, doing="waiting for", interrupt=True):
         """Wait for jobs; show and ask what their kernels publish and ask. The first Ctrl-C
-        interrupts them (without ``interrupt``: is raised), the second one ends the waiting."""
+        interrupts them (or is raised, if not ``interrupt``), the second one ends the waiting."""
         begin = last_status = time.monotonic()
         news = threading.Event()
         self.screens.update(kernel.screen for kernel in self.kernels)
@@ -1190,7 +1190,7 @@ class Collector:
             flush()
 
     def answer_question(self, kernel):
-        """Ask the user what the code of a kernel asks, if it does. (`wait` passes Ctrl-C on.)"""
+        """Ask the user for the input that a kernel requests, if any. (`wait` handles a Ctrl-C.)"""
         request = kernel.request
         question = request and request.question  # its thread may withdraw it at any time
         if question and request.answer is None and not self.interrupts.count:
@@ -1199,7 +1199,7 @@ class Collector:
             kernel.wake()
 
     def show_status(self, waiting, doing, seconds):
-        """Tell after 3 s who is waited for, who is ready, and who does not answer."""
+        """Show after 3 s which kernels are waited for, which are ready, and which don't answer."""
         flush()
         silent = [f"; {kernel.name} does not answer since {since}" for kernel in waiting
                   if (since := kernel.connection.silent_since)]
@@ -1241,7 +1241,7 @@ class Collector:
             raise KeyboardInterrupt("; ".join(texts) or "no kernel stopped")
 
     def load(self, kernel, parts, failures, buffers):
-        """Load what came back into the kernel's namespace. Raises KernelError."""
+        """Load outputs into a namespace, each alone if need be. Raises KernelError for the rest."""
         for names, count in parts:
             pickled, buffers = buffers[:count], buffers[count:]
             try:
@@ -1267,7 +1267,7 @@ class Collector:
 
     def lock_kernels(self, stack):
         """Lock the kernels, as soon as no other thread's call uses them; -s ends such a call."""
-        for kernel in sorted(self.kernels, key=lambda kernel: kernel.name):  # never in a circle
+        for kernel in sorted(self.kernels, key=lambda kernel: kernel.name):  # prevents a deadlock
             while not kernel.lock.acquire(timeout=0.1):
                 if self.restart:
                     kernel.abandon_jobs()
@@ -1276,7 +1276,7 @@ class Collector:
             stack.callback(kernel.lock.release)
 
     def finish_when_read(self):
-        """Wait for the run of which an attribute is read. Ctrl-C ends just the waiting."""
+        """Wait for the background runs, and load their outputs. Ctrl-C only ends the waiting."""
         runs = {kernel: kernel.run for kernel in self.kernels if kernel.run}
         with self.interrupts, contextlib.ExitStack() as stack:
             for kernel in runs:
@@ -1286,8 +1286,8 @@ class Collector:
             self.collect({kernel: run for kernel, run in runs.items() if kernel.run is run})
 
     def finish_between_cells(self, kernel, run):
-        """Load what a run brought, unless a call does that; show its failure, which the next call
-        that names the kernel still raises."""
+        """Load the outputs of a background run, unless a call does; show its failure, and keep it
+        for the next call that names the kernel to raise."""
         if self.screen.waiter or kernel.run is not run:
             return
         try:
@@ -1302,10 +1302,10 @@ class Collector:
 
 
 class Call(Collector):
-    """One call of the magic: what its line asks for, and its phases in their order."""
+    """One call of the magic: what its line asks for; `run` has its phases in their order."""
 
     def __init__(self, magics, options, code, local_ns):
-        """Raises UsageError before anything is done."""
+        """Check the options. Raises UsageError before anything is done."""
         self.magics = magics
         self.locals = collections.ChainMap(local_ns, magics.shell.user_ns)
         self.restart, self.background = "s" in options, "b" in options
@@ -1371,7 +1371,7 @@ class Call(Collector):
                     is_left = any(job.interrupt_reason for job in tuple(each.jobs))
                     if is_left and not (each.process and each.process.has_exited):
                         raise UsageError(f"{each.name} is still busy; wait, or replace it with -s")
-            for kernel in kernels:  # in the background each has its own, see `move_to`
+            for kernel in kernels:  # a background run has its own, see `move_to`
                 kernel.screen = Screen(screen.shell, screen.labelled) if self.background else screen
             if self.shutdown_only:
                 return
@@ -1395,7 +1395,7 @@ class Call(Collector):
             self.collect(jobs)
 
     def pickle(self, values, protocol):
-        """Return variables pickled. Raises UsageError that names one that can't be."""
+        """Pickle variables. Raises UsageError that names the first that can't be pickled."""
         try:
             with self.interrupts.raising("nothing ran"):
                 return dumps(values, protocol) if values else []
@@ -1413,7 +1413,7 @@ class Call(Collector):
                                  "need Python 3.6 or later with IPython")
 
     def leave_in_background(self, jobs):
-        """Have the kernels run; in a notebook, what they bring is loaded when it comes."""
+        """Leave the jobs to run; in a notebook, load their outputs as soon as they are done."""
         for kernel, job in jobs.items():
             for name in self.outputs:
                 vars(kernel.namespace).pop(name, None)
@@ -1539,7 +1539,7 @@ class RemoteExecMagics(magic.Magics):
         return found
 
     def runtime_dir(self):
-        """Return Jupyter's runtime directory, or the session's where that can't be written."""
+        """Return Jupyter's runtime directory, or the session's if that is not writable."""
         for path in (self.session_dir, jupyter_runtime_dir()):
             with contextlib.suppress(OSError):
                 os.makedirs(path, mode=0o700, exist_ok=True)
@@ -1579,7 +1579,7 @@ class RemoteExecMagics(magic.Magics):
             if not ends.not_done:
                 for kernel in kernels:
                     kernel.loop.call_soon_threadsafe(kernel.loop.stop)
-                # (not in this thread: it waits for ever for a socket that somebody left open)
+                # (in another thread, as it would wait for ever for a socket that was left open)
                 threading.Thread(target=self.context.term, daemon=True).start()
 
 
