@@ -542,18 +542,17 @@ class Process:
     """A kernel's process, which a provisioner of jupyter_client launches, watches and ends; or one
     that was attached to: then only its connection file is known. Written by the kernel's thread."""
 
-    def __init__(self, magics, loop, spec):
+    def __init__(self, magics, run_in_loop, spec):
         """Begin the launch; `launched` is the future of its end. Raises what fails at once."""
-        self.loop: asyncio.AbstractEventLoop = loop
         self.owns_kernel = not spec.endswith(".json")
-        self.exit_reason: str | None = None  # how it ended, if it did; `poll` writes it in the loop
+        self.exit_reason: str | None = None  # how it ended; set by `poll`, cleared by `Kernel.call`
         self.last_poll: float = 0.0  # when the provisioner was last asked
         # With our own standard error, what the process writes would show twice.
         runtime_dir = magics.runtime_dir()
         self.stderr = tempfile.TemporaryFile(dir=runtime_dir)
         if not self.owns_kernel:
             self.connection_file: str = spec
-            self.launched = self.latest_poll = self.run_in_loop(asyncio.sleep(0))
+            self.launched = self.latest_poll = run_in_loop(asyncio.sleep(0))
             return
         depth = int(os.environ.get("REMOTE_EXEC_DEPTH", 0)) + 1
         if depth > 2:
@@ -565,13 +564,9 @@ class Process:
             config=magics.connection_config(found), connection_file=self.connection_file,
             context=zmq.asyncio.Context.shadow(magics.context.underlying),
             log=logging.Logger("remote_exec", logging.CRITICAL + 1))  # its errors are raised
-        self.launched = self.latest_poll = self.run_in_loop(self.manager.start_kernel(
+        self.launched = self.latest_poll = run_in_loop(self.manager.start_kernel(
             stdout=subprocess.DEVNULL, stderr=self.stderr,
             env={**os.environ, "REMOTE_EXEC_DEPTH": str(depth)}))
-
-    def run_in_loop(self, coroutine):
-        """Run a coroutine in the loop of the provisioner; return its future."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     @property
     def has_exited(self):
@@ -845,6 +840,10 @@ class Kernel:
 
     # called in the kernel's thread, most of them as or by its jobs
 
+    def run_in_loop(self, coroutine):
+        """Run a coroutine in the loop of the provisioner; return its future."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
     def run_jobs(self):
         """Run one job after the other; between them, handle what the kernel sends."""
         while self.jobs or not self.magics.is_closed:
@@ -884,7 +883,7 @@ class Kernel:
         self.jobs[0].set_timeout(timeout, f"not ready after {self.magics.startup_timeout:g} s "
                                           "(c.RemoteExecMagics.startup_timeout)")
         try:
-            self.process = Process(self.magics, self.loop, spec)
+            self.process = Process(self.magics, self.run_in_loop, spec)
             self.connect()
             self.set_up()
         except Exception as error:
@@ -898,8 +897,8 @@ class Kernel:
             raise KernelError(ename, text) from None
 
     def connect(self):
-        """Wait until the kernel answers (protocol, "Kernel info"). Until then, reread
-        its connection file: a batch job may write there on which node it runs."""
+        """Wait until the kernel answers (protocol, "Kernel info"). Until then, reread its
+        connection file: a batch job may write there on which node it runs."""
         process, connection, request = self.process, self.connection, None
         while not (request and request.reply and connection.sockets["stdin"].poll(0, zmq.POLLOUT)):
             self.receive(0.05)
@@ -943,8 +942,8 @@ class Kernel:
             connection.send("control", "shutdown_request", {"restart": False})
         connection.close(linger=200)
         self.reset()
-        ends = process.shutdown(requested, seconds) if owns_kernel else asyncio.sleep(0)
-        ended = asyncio.run_coroutine_threadsafe(ends, self.loop)
+        ended = self.run_in_loop(
+            process.shutdown(requested, seconds) if owns_kernel else asyncio.sleep(0))
         self.magics.ends.append(ended)
         return ended
 
@@ -1071,7 +1070,7 @@ class Kernel:
         elif not request.interrupt_answered and now - request.interrupt_sent > REPLY_TIMEOUT:
             request.interrupt_answered = True
             if owns_kernel:
-                self.process.run_in_loop(self.process.manager.signal_kernel(signal.SIGINT))
+                self.run_in_loop(self.process.manager.signal_kernel(signal.SIGINT))
         if ename == "TimeoutError" and waited > INTERRUPT_TIMEOUT:
             text = f"{evalue}, but ignores the interrupt; -s replaces it"
             job.finish(None, KernelError(ename, text))  # and stays busy
@@ -1085,7 +1084,7 @@ class Kernel:
         if process.exit_reason is None and process.latest_poll.done() and (
                 process.has_exited or is_silent and now - process.last_poll > POLL_INTERVAL):
             process.last_poll = now
-            process.latest_poll = process.run_in_loop(process.poll(connection.client))
+            process.latest_poll = self.run_in_loop(process.poll(connection.client))
         if process.exit_reason and now - connection.last_message > 0.2:  # all messages have come
             hint = "the next cell that names it starts it anew" if process.owns_kernel else (
                 "it was not started here")
@@ -1440,7 +1439,7 @@ class RemoteExecMagics(magic.Magics):
     def __init__(self, shell, **options):
         super().__init__(shell, **options)
         self.kernels: dict[str, Kernel] = {}  # by NAME; also those that were shut down
-        self.ends: list = []     # futures of processes that are to end
+        self.ends: list = []     # futures of processes that have ended, or are to
         parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp"
         self.session_dir = f"{parent}/rexec-{os.getpid()}-{uuid.uuid4().hex[:12]}"  # short: unix(7)
         self.context = zmq.Context(io_threads=2)
