@@ -130,32 +130,39 @@ def without_gc(function, *arguments, **options):
             gc.enable()
 
 
-def dumps(value, protocol):
+def dumps_with(pickler_class, value, protocol):
     """Pickle a value; return [stream, out-of-band buffer, ...] (PEP 574)."""
-    try:
-        from cloudpickle import CloudPickler as Pickler
-    except ImportError:
-        Pickler = pickle.Pickler
-    stream, buffers = io.BytesIO(), []
+    chunks, buffers = [], []  # (pickle writes a large object by itself)
     options = {} if protocol < 5 else {  # (copying a small one costs less than a message frame)
         "buffer_callback": lambda each: each.raw().nbytes < 65536 or buffers.append(each.raw())}
-    pickler = Pickler(stream, protocol, **options)
+    pickler = pickler_class(types.SimpleNamespace(write=chunks.append), protocol, **options)
     without_gc(pickler.dump, value)
-    if Pickler is pickle.Pickler and b"__main__" in stream.getvalue() and any(
+    if pickler_class is pickle.Pickler and any(
+            b"__main__" in each for each in chunks if len(each) < 131072) and any(
             getattr(each, "__module__", None) == "__main__"
             for _, each in pickler.memo.copy().values()):
         # It wrote a reference, which means nothing, or something else, in another session.
         raise pickle.PicklingError("it needs what this session defines; install cloudpickle")
-    return [stream.getvalue()] + buffers
+    return [b"".join(chunks)] + buffers
+
+
+def dumps(value, protocol):
+    """Pickle a value as above, with cloudpickle where plain pickle, which is faster, can't."""
+    try:
+        import cloudpickle
+    except ImportError:
+        return dumps_with(pickle.Pickler, value, protocol)
+    with contextlib.suppress(Exception):
+        if not getattr(cloudpickle, "list_registry_pickle_by_value", list)():
+            return dumps_with(pickle.Pickler, value, protocol)
+    return dumps_with(cloudpickle.CloudPickler, value, protocol)
 
 
 def loads(frames):
     """Unpickle what `dumps` returned; the buffers are used as they are, without a copy."""
     options = {"buffers": frames[1:]} if frames[1:] else {}
-    try:
+    with contextlib.suppress(ImportError):
         return without_gc(pickle.loads, frames[0], **options)
-    except ImportError:
-        pass  # (in an expression, IPython 7 can't show an error that another one led to)
     return without_gc(Unpickler(io.BytesIO(frames[0]), **options).load)
 
 
@@ -180,8 +187,7 @@ def publish(names, protocol, copy, together):
     shell, parts, frames = get_ipython(), [], []
     kernel, namespace = shell.kernel, shell.user_ns
     there = [name for name in names if name in namespace]
-    failures = [["NameError", "name '%s' is not defined" % name]
-                for name in names if name not in there]
+    failures = [["NameError", "name %r is not defined" % n] for n in names if n not in there]
     for group in [there] if together else [[name] for name in there]:
         try:
             pickled = dumps({name: namespace[name] for name in group}, protocol)
@@ -205,9 +211,9 @@ def lift_output_limit(kernel):
 
 
 REMOTE_SOURCE = "\n".join([
-    "import gc, io, os, pickle, traceback\nfrom IPython import get_ipython",
-    *map(inspect.getsource, [Unpickler, without_gc, dumps, loads, error_text, prepare, publish,
-                             lift_output_limit]),
+    "import contextlib, gc, io, os, pickle, traceback, types\nfrom IPython import get_ipython",
+    *map(inspect.getsource, [Unpickler, without_gc, dumps_with, dumps, loads, error_text, prepare,
+                             publish, lift_output_limit]),
     "lift_output_limit(get_ipython().kernel)"])
 # Makes the module, and adds `os` and `pickle` to the user's namespace, but nothing else.
 SETUP_CODE = f"""import os, pickle
@@ -231,8 +237,7 @@ def parse_line(line):
     return options, line.split(None, len(words) - len(rest))[-1] if rest else ""
 
 
-# Returns a name in the form in which Python stores it (Language Reference, 2.3).
-normalize = functools.partial(unicodedata.normalize, "NFKC")
+normalize = functools.partial(unicodedata.normalize, "NFKC")  # as Python stores names (PEP 3131)
 
 
 def variable_name(option, text, hint="separate names by commas, without blanks"):
@@ -293,7 +298,10 @@ def substitute(code, name, values):
 # ---- what the user sees and says ------------------------------------------
 
 class Interrupts:
-    """Count each Ctrl-C in the main thread; raise KeyboardInterrupt only when the block ends."""
+    """Count each Ctrl-C in the main thread; raise KeyboardInterrupt only when the block ends.
+
+    Meanwhile, the first Ctrl-C has `Collector.wait` interrupt the kernels that it waits for, which
+    `Kernel.check_interrupt` does; the second one ends the waiting and leaves the kernels busy."""
 
     count = 0
     raises: str | None = None  # if set, raise each Ctrl-C at once, with this text
@@ -678,10 +686,8 @@ class Connection:
         if self.wake_receiver.fileno() in ready:
             self.wake_receiver.recv(4096)
         for channel in [name for name, each in self.sockets.items() if each in ready]:
-            if channel == "monitor":
-                self.disconnected = True
-            else:
-                self.last_message = time.monotonic()
+            self.last_message = time.monotonic()
+            self.disconnected = self.disconnected or channel == "monitor"
             with contextlib.suppress(Exception):  # no message, or not signed by this kernel
                 message = self.client.session.recv(self.sockets[channel], copy=False)[1]
                 if message:
@@ -709,8 +715,7 @@ class Job(concurrent.futures.Future):
         super().__init__()
         self.screen, self.function = screen, function  # where its output shows, what it does
         self.interrupt_reason: Failure | None = None   # written by any thread, see `interrupt`
-        self.interrupted_at = 0.0
-        self.deadline, self.timeout_text = float("inf"), ""  # see `set_timeout`
+        self.interrupted_at, self.deadline, self.timeout_text = 0.0, float("inf"), ""
         self.names, self.since = [], ""  # of a background run: its outputs, its state for -l
 
     def finish(self, result, error):
@@ -797,7 +802,7 @@ class Kernel:
         self.magics, self.name, self.namespace = magics, name, KernelNamespace(self)
         self.spec: str = name
         self.lock = threading.RLock()  # held by a call, which also writes the next two fields
-        self.run: Job | None = None    # what runs in the background, until it is collected
+        self.background_run: Job | None = None  # until it is collected
         self.screen = Screen(magics.shell, labelled=False)  # of the latest call
         self.jobs: collections.deque[Job] = collections.deque()  # the first is being done
         self.wake_receiver, self.wake_sender = socket.socketpair()
@@ -948,16 +953,13 @@ class Kernel:
         return ended
 
     def receive(self, seconds):
-        """Wait at most so many seconds for messages, and handle them; return whether any came."""
-        came = False
+        """Wait at most so many seconds for messages, and handle them."""
         try:
             for channel, message in self.connection.receive(seconds):
-                came = True
                 self.handle_message(channel, message)
         except Exception as error:  # a malformed message is a failure of the request
             if self.request:
                 self.request.fail("ProtocolError", f"malformed message: {error!r}")
-        return came
 
     def handle_message(self, channel, message):
         """Handle a message: give it to the current request, or show it as an output."""
@@ -965,8 +967,8 @@ class Kernel:
         parent = message["parent_header"]
         if kind == "input_request":  # what was printed before may come later, on iopub
             deadline = time.monotonic() + 1
-            while self.receive(0.05) and time.monotonic() < deadline:
-                pass
+            while time.monotonic() < min(deadline, self.connection.last_message + 0.05):
+                self.receive(0.05)
         if request and request.handle_message(channel, message):
             return
         if channel != "iopub" or parent.get("session") != self.connection.client.session.session:
@@ -1113,7 +1115,7 @@ class KernelNamespace:
         self.__kernel = kernel
 
     def __getattr__(self, name):
-        kernel, run = self.__kernel, self.__kernel.run
+        kernel, run = self.__kernel, self.__kernel.background_run
         if run and name in run.names and not any(
                 frame.f_globals.get("__name__") == "IPython.core.completer"
                 or frame.f_code.co_name == "object_inspect_mime"  # Tab and tooltips don't wait
@@ -1124,7 +1126,7 @@ class KernelNamespace:
         raise AttributeError(f"nothing named {name!r} has come back from {kernel.name}")
 
     def __repr__(self):
-        kernel, run = self.__kernel, self.__kernel.run
+        kernel, run = self.__kernel, self.__kernel.background_run
         state = f", {run.since}" if run and not run.done() else ""
         names = ", ".join(dir(self)) or "no variables yet"
         return f"<kernel {kernel.name} ({kernel.spec}){state}: {names}>"
@@ -1140,19 +1142,17 @@ class KernelNamespace:
 
 class Collector:
     """Waits for kernels in the user's thread, and loads the outputs that they send."""
-    restart = False  # whether to end what the kernels do (-s)
 
     def __init__(self, screen, kernels):
         self.screen, self.kernels, self.interrupts = screen, kernels, Interrupts()
-        self.screens = {screen}  # also of earlier calls, which may have late output to show
 
     def wait(self, jobs, doing="waiting for", interrupt=True):
-        """Wait for jobs; show and ask what their kernels publish and ask. The first Ctrl-C
-        interrupts them (or is raised, if not ``interrupt``), the second one ends the waiting."""
+        """Wait for jobs; meanwhile show what their kernels publish, and ask what they ask. Handle
+        Ctrl-C as `Interrupts` says; if not ``interrupt``, raise the first one instead."""
         begin = last_status = time.monotonic()
         news = threading.Event()
-        self.screens.update(kernel.screen for kernel in self.kernels)
-        for screen in self.screens:
+        screens = {self.screen, *(kernel.screen for kernel in self.kernels)}  # with late output
+        for screen in screens:
             screen.waiter = news
         for job in jobs.values():
             job.add_done_callback(lambda _: news.set())
@@ -1160,7 +1160,7 @@ class Collector:
             while True:
                 # (first the jobs: a job is done after its outputs are queued)
                 waiting = [kernel for kernel, job in jobs.items() if not job.done()]
-                for screen in self.screens:
+                for screen in screens:
                     screen.process_queue()
                 if self.interrupts.count and waiting and not interrupt:
                     raise KeyboardInterrupt(f"{short_list(waiting)} not waited for")
@@ -1169,7 +1169,7 @@ class Collector:
                         job.interrupt("KeyboardInterrupt", "stopped")
                 if self.interrupts.count > 1:
                     break
-                if any(screen.queue for screen in self.screens):
+                if any(screen.queue for screen in screens):
                     continue
                 if not waiting:
                     break
@@ -1181,7 +1181,7 @@ class Collector:
                 news.wait(0.1)
                 news.clear()
         finally:
-            for screen in self.screens:
+            for screen in screens:
                 screen.waiter = None
                 if screen.queue:
                     screen.schedule()
@@ -1207,14 +1207,14 @@ class Collector:
             text = f"{doing} {short_list(waiting)} ({seconds:.0f} s)" + "".join(silent[:3])
             self.screen.show_status(text + (f"; ready: {ready}" if ready else ""))
 
-    def collect(self, jobs, doing="waiting for", interrupt=True):
+    def collect(self, jobs, doing="waiting for", interrupt=True, keep_failures=False):
         """Wait for jobs, load their outputs. Raises RemoteError (after Ctrl-C: only shows it)."""
         self.wait(jobs, doing, interrupt)
         failures, stopped = {}, {}
         for kernel, job in jobs.items():
-            is_run = kernel.run is job
-            if is_run:  # in the background; what is loaded may read its attributes
-                kernel.run = None
+            is_run = kernel.background_run is job
+            if is_run:  # what is loaded may read the attributes that it brings
+                kernel.background_run = None
             try:
                 if not job.done():
                     raise KernelError("KeyboardInterrupt", "still busy, -s replaces it")
@@ -1229,7 +1229,11 @@ class Collector:
                 else:
                     failures[kernel.name] = failure
                 if is_run and isinstance(error, KeyboardInterrupt) and self.interrupts.count:
-                    kernel.run = job  # what was not loaded can be collected again
+                    kernel.background_run = job  # what was not loaded can be collected again
+                elif is_run and keep_failures:
+                    kernel.background_run = Job(self.screen, None)
+                    kernel.background_run.names = job.names
+                    kernel.background_run.finish(None, KernelError(*failure))
         error = RemoteError(failures, self.screen.labelled)
         if failures and not self.interrupts.count:
             raise error
@@ -1264,39 +1268,37 @@ class Collector:
             (ename, evalue), *rest = failures
             raise KernelError(ename, "; ".join([evalue, *map(": ".join, rest)]))
 
-    def lock_kernels(self, stack):
+    def lock_kernels(self, stack, restart=False):
         """Lock the kernels, as soon as no other thread's call uses them; -s ends such a call."""
         for kernel in sorted(self.kernels, key=lambda kernel: kernel.name):  # prevents a deadlock
             while not kernel.lock.acquire(timeout=0.1):
-                if self.restart:
+                if restart:
                     kernel.abandon_jobs()
                 if self.interrupts.count:
                     raise KeyboardInterrupt(f"{kernel.name} is used by another thread")
             stack.callback(kernel.lock.release)
 
-    def finish_when_read(self):
+    def finish_when_read(self, keep_failures=False):
         """Wait for the background runs, and load their outputs. Ctrl-C only ends the waiting."""
-        runs = {kernel: kernel.run for kernel in self.kernels if kernel.run}
+        runs = {kernel: kernel.background_run for kernel in self.kernels if kernel.background_run}
         with self.interrupts, contextlib.ExitStack() as stack:
             for kernel in runs:
                 kernel.screen.move_to(self.screen)
             self.wait(runs, interrupt=False)  # without the locks: a call may end the runs
             self.lock_kernels(stack)
-            self.collect({kernel: run for kernel, run in runs.items() if kernel.run is run})
+            self.collect({kernel: run for kernel, run in runs.items()
+                          if kernel.background_run is run}, keep_failures=keep_failures)
 
     def finish_between_cells(self, kernel, run):
         """Load the outputs of a background run, unless a call does; show its failure, and keep it
         for the next call that names the kernel to raise."""
-        if self.screen.waiter or kernel.run is not run:
+        if self.screen.waiter or kernel.background_run is not run:
             return
         try:
-            self.finish_when_read()
+            self.finish_when_read(keep_failures=True)
         except KeyboardInterrupt:
             pass
         except RemoteError as error:
-            kernel.run = Job(self.screen, None)  # with the failure alone
-            kernel.run.names = run.names
-            kernel.run.finish(None, KernelError(*error.failures[kernel.name]))
             self.screen.shell.showtraceback((RemoteError, error, None))
 
 
@@ -1349,21 +1351,21 @@ class Call(Collector):
         kernels, screen, plans = self.kernels, self.screen, self.plans
         with self.interrupts, contextlib.ExitStack() as stack:
             pushed = self.pickle(self.pushed, 5)
-            self.lock_kernels(stack)
+            self.lock_kernels(stack, self.restart)
             if self.restart:
                 for kernel in kernels:
-                    kernel.run = None
+                    kernel.background_run = None
                     kernel.abandon_jobs()
                 jobs = {kernel: kernel.submit(screen, kernel.end) for kernel in kernels}
                 self.wait(jobs, "stopping", interrupt=False)
                 ends = {kernel: job.result() for kernel, job in jobs.items()}
                 self.collect(ends, "stopping", interrupt=False)
             else:
-                for kernel in kernels:
-                    if kernel.run:
-                        kernel.screen.move_to(screen)
-                        kernel.run.set_timeout(self.timeout)
-                self.collect({kernel: kernel.run for kernel in kernels if kernel.run})
+                runs = {each: each.background_run for each in kernels if each.background_run}
+                for kernel, run in runs.items():
+                    kernel.screen.move_to(screen)
+                    run.set_timeout(self.timeout)
+                self.collect(runs)
                 left = [job for each in kernels for job in tuple(each.jobs) if job.interrupt_reason]
                 concurrent.futures.wait(left, timeout=1)  # of an earlier call, which waits no more
                 for each in kernels:
@@ -1417,7 +1419,7 @@ class Call(Collector):
             for name in self.outputs:
                 vars(kernel.namespace).pop(name, None)
             job.names, job.since = self.outputs, time.strftime("running since %X")
-            kernel.run = job
+            kernel.background_run = job
             if self.screen.notebook:
                 finish = Collector(kernel.screen, [kernel]).finish_between_cells
                 job.add_done_callback(functools.partial(kernel.screen.call_soon, finish, kernel))
@@ -1495,11 +1497,10 @@ class RemoteExecMagics(magic.Magics):
 
     def listing(self):
         """Yield the lines of -l."""
-        running = [(kernel, kernel.process) for kernel in list(self.kernels.values())
-                   if kernel.process]
+        running = [(each, each.process) for each in list(self.kernels.values()) if each.process]
         yield "running kernels:" if running else "running kernels:\n  none"
         for kernel, process in running:
-            run, state = kernel.run, "busy" if kernel.jobs else "idle"
+            run, state = kernel.background_run, "busy" if kernel.jobs else "idle"
             state = "dead" if process.has_exited else run.since if run and not run.done() else state
             yield f"  {kernel.name}  {kernel.spec}  {state}"
         yield "\n  ".join(["kernelspecs:", *sorted(self.kernelspecs.find_kernel_specs())])
