@@ -1,8 +1,10 @@
 """Run a line or a cell on one or many Jupyter kernels, and bring variables back.
 
-Each kernel has two threads here: one runs `Kernel`, `Connection` and `Request` in plain blocking
-code, the other an asyncio loop with the coroutines of `Process`. The user's thread does the rest,
-like output and input: it is the magic's caller, or the notebook's main thread between two cells.
+A call (`Call.run`) gives jobs to its kernels (`Kernel.submit`), waits for them, and loads the
+outputs (`Collector.collect`). Each kernel has two threads here: one runs its jobs, with `Kernel`,
+`Request` and `Connection` in plain blocking code; the other an asyncio loop with the coroutines of
+`Process`. The user's thread does the rest, like output and input: it is the magic's caller, or the
+notebook's main thread between two cells.
 """
 from __future__ import annotations
 
@@ -91,8 +93,8 @@ class RemoteError(Exception):
         """Return the lines that IPython shows: the remote traceback, without local frames."""
         texts = []
         for name, failure in self.failures.items():
-            told = any(failure.ename in line for line in failure.traceback)
-            text = "\n".join(failure.traceback if told else [*failure.traceback, str(failure)])
+            is_named = any(failure.ename in line for line in failure.traceback)
+            text = "\n".join(failure.traceback if is_named else [*failure.traceback, str(failure)])
             if str(getattr(get_ipython(), "colors", "")).lower() == "nocolor":
                 text = re.sub(r"\x1b\[[\d;]*m", "", text)
             texts.append(encodable(label(name, text, self.labelled) + text, sys.stdout))
@@ -111,7 +113,7 @@ def encodable(text, file):
 
 
 # ---- the remote side ------------------------------------------------------
-# Sent to every Python kernel (3.6 or later) as the module `_remote_exec`; some are used here, too.
+# Sent to each Python kernel (3.6 or later) as module `_remote_exec`; some serve here, too.
 
 class Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
@@ -120,10 +122,10 @@ class Unpickler(pickle.Unpickler):
 
 
 def without_gc(function, *arguments, **options):
-    """Call a function without garbage collection, which many new objects would start in vain."""
+    """Call a function without garbage collection, which many new objects trigger for nothing."""
     enabled = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         return function(*arguments, **options)
     finally:
         if enabled:
@@ -132,8 +134,8 @@ def without_gc(function, *arguments, **options):
 
 def dumps_with(pickler_class, value, protocol):
     """Pickle a value; return [stream, out-of-band buffer, ...] (PEP 574)."""
-    chunks, buffers = [], []  # (pickle writes a large object by itself)
-    options = {} if protocol < 5 else {  # (copying a small one costs less than a message frame)
+    chunks, buffers = [], []  # (pickle writes a large object as a chunk of its own)
+    options = {} if protocol < 5 else {  # (true: in the stream; a message frame would cost more)
         "buffer_callback": lambda each: each.raw().nbytes < 65536 or buffers.append(each.raw())}
     pickler = pickler_class(types.SimpleNamespace(write=chunks.append), protocol, **options)
     without_gc(pickler.dump, value)
@@ -141,19 +143,19 @@ def dumps_with(pickler_class, value, protocol):
             b"__main__" in each for each in chunks if len(each) < 131072) and any(
             getattr(each, "__module__", None) == "__main__"
             for _, each in pickler.memo.copy().values()):
-        # It wrote a reference, which means nothing, or something else, in another session.
+        # It wrote a name in __main__, which is another thing, or nothing, in another session.
         raise pickle.PicklingError("it needs what this session defines; install cloudpickle")
     return [b"".join(chunks)] + buffers
 
 
 def dumps(value, protocol):
-    """Pickle a value as above, with cloudpickle where plain pickle, which is faster, can't."""
+    """Pickle a value as above: with plain pickle, which is faster, else with cloudpickle."""
     try:
         import cloudpickle
     except ImportError:
         return dumps_with(pickle.Pickler, value, protocol)
     with contextlib.suppress(Exception):
-        if not getattr(cloudpickle, "list_registry_pickle_by_value", list)():
+        if not getattr(cloudpickle, "list_registry_pickle_by_value", list)():  # or so told
             return dumps_with(pickle.Pickler, value, protocol)
     return dumps_with(cloudpickle.CloudPickler, value, protocol)
 
@@ -172,7 +174,7 @@ def error_text(error):
 
 
 def prepare(directory, pushed):
-    """Change directory, and take the pushed variables from the buffers of the request."""
+    """Change the kernel's working directory, and take the variables that -p sends."""
     if directory:
         if not os.path.isdir(directory):
             directory = os.path.expandvars(os.path.expanduser(directory))
@@ -182,32 +184,31 @@ def prepare(directory, pushed):
 
 
 def publish(names, protocol, copy, together):
-    """Send variables as the buffers of one comm message: as one pickle, so that what they share
-    stays shared, else each alone. ``copy`` them, if another client may change them meanwhile."""
+    """Send variables as buffers of one comm message: in one pickle, so that what they share stays
+    shared, else (not ``together``) one each. ``copy`` them if another client may change them."""
     shell, parts, frames = get_ipython(), [], []
     kernel, namespace = shell.kernel, shell.user_ns
-    there = [name for name in names if name in namespace]
-    failures = [["NameError", "name %r is not defined" % n] for n in names if n not in there]
-    for group in [there] if together else [[name] for name in there]:
+    defined = [name for name in names if name in namespace]
+    failures = [["NameError", f"name {n!r} is not defined"] for n in names if n not in namespace]
+    for group in [defined] if together else [[name] for name in defined]:
         try:
             pickled = dumps({name: namespace[name] for name in group}, protocol)
-            frames.extend(map(bytes, pickled) if copy else pickled)
-            parts.append([group, len(pickled)])
+            frames += list(map(bytes, pickled)) if copy else pickled
+            parts.append([group, len(pickled)])  # names, and how many of the frames are theirs
         except (Exception, SystemExit) as error:  # pickling may run any code
             if len(group) > 1:
                 return publish(names, protocol, copy, together=False)
-            failures.append([type(error).__name__, "%s: %s" % (group[0], error_text(error))])
-    content = {"comm_id": "remote_exec", "data": [parts, failures]}
-    parent = shell.get_parent()
+            failures.append([type(error).__name__, f"{group[0]}: {error_text(error)}"])
+    content, parent = {"comm_id": "remote_exec", "data": [parts, failures]}, shell.get_parent()
     kernel.session.send(kernel.iopub_socket, "comm_msg", content, parent, buffers=frames)
 
 
 def lift_output_limit(kernel):
-    """Let ipykernel queue any number of messages; by default it drops those past 1000."""
+    """Let ipykernel queue any number of messages, not just 1000, and reply without a pause."""
     thread = getattr(getattr(kernel, "iopub_socket", None), "io_thread", None)
     if thread is not None:
         thread.schedule(lambda: setattr(thread.socket, "sndhwm", 0))
-        kernel._execute_sleep = 0  # a pause for clients that don't wait for the idle status
+        kernel._execute_sleep = 0  # (that is for clients that don't wait for the idle status)
 
 
 REMOTE_SOURCE = "\n".join([
@@ -215,7 +216,7 @@ REMOTE_SOURCE = "\n".join([
     *map(inspect.getsource, [Unpickler, without_gc, dumps_with, dumps, loads, error_text, prepare,
                              publish, lift_output_limit]),
     "lift_output_limit(get_ipython().kernel)"])
-# Makes the module, and adds `os` and `pickle` to the user's namespace, but nothing else.
+# Makes the module; the user's namespace gets `os` and `pickle`, as promised, but nothing else.
 SETUP_CODE = f"""import os, pickle
 exec({REMOTE_SOURCE!a}, vars(__import__('sys').modules.setdefault(
     '_remote_exec', type(os)('_remote_exec'))))"""
@@ -232,7 +233,7 @@ def parse_line(line):
     except getopt.GetoptError as error:
         raise UsageError(f"{error}; `--` ends the options, %remote_exec? shows them all") from None
     for option, argument in pairs:
-        letter = option.lstrip("-")[0]
+        letter = option.lstrip("-")[0]  # (each long option begins with its letter)
         options[letter] = f"{options[letter]},{argument}" if letter in options else argument
     return options, line.split(None, len(words) - len(rest))[-1] if rest else ""
 
@@ -291,7 +292,7 @@ def substitute(code, name, values):
         try:
             texts[variable] = str(value[name] if isinstance(value, dict) else value)
         except Exception as error:
-            raise UsageError(f"-i: {variable} has no text for {name}: {error!r}") from None
+            raise UsageError(f"-i: {variable} has no value for {name}: {error!r}") from None
     return re.sub(r"\{([^{}]+)\}", lambda match: texts.get(normalize(match[1]), match[0]), code)
 
 
@@ -300,8 +301,9 @@ def substitute(code, name, values):
 class Interrupts:
     """Count each Ctrl-C in the main thread; raise KeyboardInterrupt only when the block ends.
 
-    Meanwhile, the first Ctrl-C has `Collector.wait` interrupt the kernels that it waits for, which
-    `Kernel.check_interrupt` does; the second one ends the waiting and leaves the kernels busy."""
+    Meanwhile the first has `Collector.wait` interrupt the kernels, which `Kernel.check_interrupt`
+    does (or, if not ``interrupt``, end its waiting). The second ends the waiting: the kernels stay
+    busy, and `Call.run` refuses them until they are done, or -s replaces them."""
 
     count = 0
     raises: str | None = None  # if set, raise each Ctrl-C at once, with this text
@@ -314,7 +316,7 @@ class Interrupts:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self.previous)
         if exception_type is KeyboardInterrupt or exception_type is None and self.count:
-            final = KeyboardInterrupt(str(error or "all was done"))
+            final = KeyboardInterrupt(str(error or "too late, all was done"))
             final._render_traceback_ = lambda: [f"KeyboardInterrupt: {final}"]
             raise final from None
 
@@ -349,8 +351,8 @@ class Screen:
         self.queue: collections.deque = collections.deque()
         self.waiter: threading.Event | None = None  # set by new items, while a thread waits
         self.file = sys.stdout   # the one last written to
-        self.partial_lines = {}  # text without the end of its line, by (kernel, stream)
-        self.status_display = None  # the status line, while there is one
+        self.partial_lines = {}  # those that have not ended, by (kernel, stream)
+        self.status_display = None  # the status line: its display, or in a terminal its text
 
     def call_soon(self, function, *arguments):
         """Have a function called in the user's thread, in the context of the call's cell."""
@@ -422,7 +424,7 @@ class Screen:
         for key, text in list(self.partial_lines.items()):
             if key[0] == name and text:
                 self.show_stream(*key, "\n")
-        self.write(sys.stdout, "")
+        self.write(sys.stdout, "")  # flushes the standard error, if that came last
 
     def show_display(self, name, content, update):
         data = dict(content["data"])
@@ -460,11 +462,11 @@ class Screen:
         try:
             return ask(label(name, prompt, self.labelled) + prompt)
         except EOFError:
-            return "\x04"  # an EOFError over there
+            return "\x04"  # an EOFError in the kernel
 
 
 class Widgets:
-    """Relays between a kernel's comms and a comm here for each (protocol, "Custom Messages")."""
+    """Relays messages between each comm of a kernel and one here (protocol, "Custom Messages")."""
 
     def __init__(self, kernel):
         self.kernel, self.comms = kernel, {}
@@ -493,7 +495,7 @@ class Widgets:
                 comm.on_msg(functools.partial(self.send_to_kernel, "comm_msg"))
                 comm.on_close(functools.partial(self.send_to_kernel, "comm_close"))
         elif kind == "comm_msg" and comm:
-            if "msg_id" in (data.get("state") or {}):
+            if "msg_id" in (data.get("state") or {}):  # an `Output` begins or ends its capture
                 self.active_outputs = [each for each in self.active_outputs if each is not comm]
                 if data["state"].pop("msg_id"):
                     self.active_outputs.append(comm)
@@ -511,7 +513,7 @@ class Widgets:
                                           "state": {"msg_id": parent if begins else ""}})
 
     def send_to_kernel(self, kind, message):
-        """Send a front end's message on; unless the kernel is busy, wait until it is handled."""
+        """Send a front end's message on; wait until it is handled, unless the kernel is busy."""
         kernel, is_busy = self.kernel, bool(self.kernel.jobs)
         if threading.current_thread() is not threading.main_thread():  # only that one gets Ctrl-C
             loop, done = kernel.screen.notebook.io_loop.asyncio_loop, concurrent.futures.Future()
@@ -519,18 +521,18 @@ class Widgets:
             return done.result()
         if kernel.widgets is not self or not kernel.language:
             return None  # that kernel is gone
-        screen = Screen(kernel.magics.shell, kernel.screen.labelled)
-        collector = Collector(screen, [kernel])
-        job = kernel.submit(kernel.screen if is_busy else screen, kernel.call, kind,
-                            message["content"], metadata=message["metadata"],
-                            buffers=message["buffers"])
-        with contextlib.suppress(KeyboardInterrupt), collector.interrupts:
-            collector.wait({} if is_busy else {kernel: job})
+        screen = kernel.screen if is_busy else Screen(kernel.magics.shell, kernel.screen.labelled)
+        job = kernel.submit(screen, kernel.call, kind, message["content"],
+                            metadata=message["metadata"], buffers=message["buffers"])
+        if not is_busy:
+            collector = Collector(screen, [kernel])
+            with contextlib.suppress(KeyboardInterrupt), collector.interrupts:
+                collector.wait({kernel: job})
 
 
 # ---- a kernel's process ---------------------------------------------------
 
-POLL_AFTER = 1         # seconds without a message after which we ask whether the kernel lives
+POLL_AFTER = 1         # seconds of silence until we ask whether the kernel lives
 POLL_INTERVAL = 3      # seconds between two such questions
 HEARTBEAT_TIMEOUT = 2  # seconds of silence before a ping; then seconds until its answer is missing
 REPLY_TIMEOUT = 2      # seconds until an interrupt_request without reply becomes a signal
@@ -548,19 +550,18 @@ def raise_open_files_limit():
 
 class Process:
     """A kernel's process, which a provisioner of jupyter_client launches, watches and ends; or one
-    that was attached to: then only its connection file is known. Written by the kernel's thread."""
+    that we attached to, just a connection file. Written by the kernel's thread, and by `poll`."""
 
     def __init__(self, magics, run_in_loop, spec):
-        """Begin the launch; `launched` is the future of its end. Raises what fails at once."""
+        """Begin the launch; the future `launched` is its end. Raises what fails at once."""
         self.owns_kernel = not spec.endswith(".json")
         self.exit_reason: str | None = None  # how it ended; set by `poll`, cleared by `Kernel.call`
         self.last_poll: float = 0.0  # when the provisioner was last asked
-        # With our own standard error, what the process writes would show twice.
         runtime_dir = magics.runtime_dir()
-        self.stderr = tempfile.TemporaryFile(dir=runtime_dir)
+        self.stderr = tempfile.TemporaryFile(dir=runtime_dir)  # what ours gets would show twice
         if not self.owns_kernel:
             self.connection_file: str = spec
-            self.launched = self.latest_poll = run_in_loop(asyncio.sleep(0))
+            self.launched = self.latest_poll = run_in_loop(asyncio.sleep(0))  # soon done
             return
         depth = int(os.environ.get("REMOTE_EXEC_DEPTH", 0)) + 1
         if depth > 2:
@@ -578,7 +579,7 @@ class Process:
 
     @property
     def has_exited(self):
-        """Return whether a local process that we launched has ended."""
+        """Return whether a local process that we launched has ended; in any thread."""
         provisioner = self.manager.provisioner if self.owns_kernel else None
         process = getattr(provisioner, "process", None)
         return process is not None and process.poll() is not None
@@ -609,9 +610,9 @@ class Process:
         return f" [{' | '.join(lines)}]" if lines else ""
 
     async def shutdown(self, requested, seconds):
-        """End our process: by SIGTERM after half of the seconds (None: `shutdown_wait_time`), or at
-        once if no shutdown was requested, so that srun ends its job, too; in the end by SIGKILL."""
-        await asyncio.gather(asyncio.wrap_future(self.launched), return_exceptions=True)
+        """End our process: by SIGTERM (srun passes it on) after half of the seconds (None:
+        `shutdown_wait_time`), or at once if no shutdown was requested; in the end by SIGKILL."""
+        await asyncio.wait([asyncio.wrap_future(self.launched)])
         try:
             if requested:
                 await self.manager.provisioner.shutdown_requested()
@@ -635,13 +636,13 @@ class Connection:
         self.client: KernelClient | None = None   # made from the connection file
         self.address: dict = {}                   # what that file said
         self.sockets: dict[str, zmq.Socket] = {}  # by channel
-        self.last_message = self.last_ping = 0.0
+        self.last_message = self.last_ping = 0.0  # (our requests count as messages, too)
         self.silent_since: str | None = None  # the time of day, while the heartbeat is missing
-        self.disconnected: bool = False  # until a request shows that the kernel works
+        self.disconnected: bool = False  # until a request asks whether all still works
 
     def connect_if_changed(self, path):
-        """Connect, if the connection file names a new address; return if it does. (An ipykernel may
-        crash in ZMQ when a peer leaves, so a file that says the same is no reason to reconnect.)"""
+        """Connect if the connection file names a new address; return whether it does. (The same
+        address is no reason to reconnect: an ipykernel may crash in ZMQ when a peer leaves.)"""
         try:
             with open(path, encoding="utf-8") as file:
                 info = json.load(file)
@@ -688,22 +689,21 @@ class Connection:
         for channel in [name for name, each in self.sockets.items() if each in ready]:
             self.last_message = time.monotonic()
             self.disconnected = self.disconnected or channel == "monitor"
-            with contextlib.suppress(Exception):  # no message, or not signed by this kernel
+            with contextlib.suppress(Exception):  # a pong, an event, or not signed by this kernel
                 message = self.client.session.recv(self.sockets[channel], copy=False)[1]
                 if message:
                     yield channel, message
 
     def check_heartbeat(self):
-        """Send a ping after a silence; set `silent_since` if its answer is missing."""
-        now, self.silent_since = time.monotonic(), None
-        if self.last_message > now - HEARTBEAT_TIMEOUT or not self.sockets:
-            return
-        if self.last_ping < self.last_message:
+        """Send a ping after a silence; set `silent_since`, to be shown, if no answer comes."""
+        now = time.monotonic()
+        is_silent = self.sockets and self.last_message < now - HEARTBEAT_TIMEOUT
+        if is_silent and self.last_ping < self.last_message:
             self.sockets["hb"].send(b"ping")
             self.last_ping = now
-        elif self.last_ping < now - HEARTBEAT_TIMEOUT:
-            since = time.localtime(time.time() - now + self.last_message)
-            self.silent_since = time.strftime("%X", since)
+        is_missing = is_silent and self.last_ping < now - HEARTBEAT_TIMEOUT
+        since = time.localtime(time.time() - now + self.last_message)
+        self.silent_since = time.strftime("%X", since) if is_missing else None
 
 
 # ---- a kernel -------------------------------------------------------------
@@ -714,12 +714,12 @@ class Job(concurrent.futures.Future):
     def __init__(self, screen, function):
         super().__init__()
         self.screen, self.function = screen, function  # where its output shows, what it does
-        self.interrupt_reason: Failure | None = None   # written by any thread, see `interrupt`
+        self.interrupt_reason: Failure | None = None   # this and the next are set by any thread
         self.interrupted_at, self.deadline, self.timeout_text = 0.0, float("inf"), ""
         self.names, self.since = [], ""  # of a background run: its outputs, its state for -l
 
     def finish(self, result, error):
-        """Set the outcome, unless a time-out did; for a submitted job, in the kernel's thread."""
+        """Set the outcome, unless a time-out has."""
         self.function = None  # its arguments may be large
         if error and not self.done():
             self.set_exception(error)
@@ -734,12 +734,13 @@ class Job(concurrent.futures.Future):
 
     def set_timeout(self, seconds, text=""):
         """Interrupt what it does if that has not ended within so many seconds from now."""
-        self.timeout_text = text or f"still busy after {seconds:g} s; interrupted"
+        self.timeout_text = text or f"still busy after {seconds:g} s; interrupted"  # comes first
         self.deadline = time.monotonic() + seconds
 
 
 class Request:
-    """A request: sent, busy, replied and idle (`Kernel.call`). Written by the kernel's thread."""
+    """A request. `Kernel.call` sends it, and waits for its reply (shell) and idle status (iopub);
+    what `Kernel.handle_message` does not show comes here. Written by the kernel's thread."""
 
     def __init__(self, msg_id, has_reply=True):
         self.msg_id: str = msg_id
@@ -750,7 +751,7 @@ class Request:
         self.failure: Failure | None = None
         self.held: list = []                 # outputs since the latest error: (time, function, ...)
         self.question: tuple | None = None   # (prompt, whether it asks for a password)
-        self.answer: str | None = None       # also written by the user's thread
+        self.answer: str | None = None       # set by the user's thread, cleared by the kernel's
         self.interrupt_sent: float | None = None
         self.interrupt_answered: bool = True  # or there is no reply to wait for
         self.probe_id: str = "none yet"      # of a later request: its reply shows ours was lost
@@ -785,7 +786,7 @@ class Request:
         return True
 
     def handle_reply(self, content):
-        """Store the reply; fail if it, or its expression that publishes the outputs, failed."""
+        """Store the reply; fail if the code did, or the expression that publishes the outputs."""
         self.reply = content
         for part in (content, (content.get("user_expressions") or {}).get("remote_exec") or {}):
             if part.get("status", "ok") != "ok":  # an "aborted" reply has no ename or evalue
@@ -800,15 +801,16 @@ class Kernel:
     def __init__(self, magics, name):
         raise_open_files_limit()
         self.magics, self.name, self.namespace = magics, name, KernelNamespace(self)
-        self.spec: str = name
+        self.spec: str = name  # also written by `find_kernel`, like the namespace
         self.lock = threading.RLock()  # held by a call, which also writes the next two fields
         self.background_run: Job | None = None  # until it is collected
         self.screen = Screen(magics.shell, labelled=False)  # of the latest call
-        self.jobs: collections.deque[Job] = collections.deque()  # the first is being done
+        self.jobs: collections.deque[Job] = collections.deque()  # the first runs; any thread adds
         self.wake_receiver, self.wake_sender = socket.socketpair()
         self.wake_sender.setblocking(False)
         self.thread = threading.Thread(target=self.run_jobs, daemon=True, name=name)
-        self.loop: asyncio.AbstractEventLoop | None = None  # of its provisioner, which may block it
+        self.loop: asyncio.AbstractEventLoop | None = None  # of its provisioner; set by `submit`
+        self.ended: concurrent.futures.Future | None = None  # the latest end of its process
         self.reset()
 
     def reset(self):
@@ -824,7 +826,7 @@ class Kernel:
 
     def submit(self, screen, function, *arguments, **options):
         """Return the job that calls one of the methods below in the kernel's thread."""
-        if not self.thread.is_alive():  # (in the thread, what raises here would end it)
+        if not self.thread.is_alive():  # (here, as an error in the thread would end it unseen)
             self.loop = loop = asyncio.new_event_loop()
             loop.set_exception_handler(lambda *_: None)  # of what is pending when it ends
             threading.Thread(target=lambda: (loop.run_forever(), loop.close()), daemon=True).start()
@@ -840,7 +842,7 @@ class Kernel:
 
     def abandon_jobs(self):
         """Have all jobs fail at once, since the kernel is to be shut down."""
-        for job in tuple(self.jobs):
+        for job in tuple(self.jobs):  # (also those that have another reason)
             job.interrupt_reason = Failure("ShutdownError", "the kernel was shut down")
 
     # called in the kernel's thread, most of them as or by its jobs
@@ -863,7 +865,7 @@ class Kernel:
             except BaseException as error:
                 outcome = None, error
                 if self.process and self.process.exit_reason and not job.interrupt_reason:
-                    self.end()
+                    self.end()  # the kernel died
             self.jobs.popleft()
             job.finish(*outcome)
             job = outcome = None  # may be large
@@ -876,7 +878,7 @@ class Kernel:
             if not (process.has_exited or process.exit_reason or self.connection.disconnected):
                 return
             try:
-                self.execute("", *((prepare, "", False) if self.protocol else ()))  # does nothing
+                self.execute("", *((prepare, "", False) if self.protocol else ()))  # only a test
                 self.connection.disconnected = False
                 return
             except Exception:
@@ -939,7 +941,7 @@ class Kernel:
         return outputs
 
     def end(self, seconds=None):
-        """Disconnect, and shut the process down if it is ours; return the future of its end."""
+        """Disconnect, and shut the process down if it is ours; `ended` is the future of its end."""
         process, connection = self.process, self.connection
         owns_kernel = process is not None and process.owns_kernel
         requested = owns_kernel and self.language and not (self.request or process.exit_reason)
@@ -947,10 +949,9 @@ class Kernel:
             connection.send("control", "shutdown_request", {"restart": False})
         connection.close(linger=200)
         self.reset()
-        ended = self.run_in_loop(
+        self.ended = self.run_in_loop(
             process.shutdown(requested, seconds) if owns_kernel else asyncio.sleep(0))
-        self.magics.ends.append(ended)
-        return ended
+        self.magics.ends.append(self.ended)
 
     def receive(self, seconds):
         """Wait at most so many seconds for messages, and handle them."""
@@ -1006,7 +1007,7 @@ class Kernel:
         if not self.process.owns_kernel:
             self.process.exit_reason = None  # its owner may have started it again
         try:
-            # (an interrupt that is on its way might hit the next request)
+            # (the interrupt's reply, too, or the interrupt might hit the next request)
             while request.reply is None or not (request.is_idle and request.interrupt_answered):
                 self.receive(0.1)
                 if request.answer is not None and connection.sockets["stdin"].poll(0, zmq.POLLOUT):
@@ -1049,7 +1050,7 @@ class Kernel:
                 raise
         self.notify(f"{self.name} was restarted, or lost its modules; it is set up again")
         self.execute(SETUP_CODE)
-        return self.execute("", function, *arguments, **more)
+        return self.execute("", function, *arguments, **more)  # the code has run
 
     def check_interrupt(self, request):
         """Interrupt the code if the job has a reason to, once it has begun: an earlier one would be
@@ -1061,9 +1062,10 @@ class Kernel:
         if reason is None:
             return
         ename, evalue, _ = reason
-        if self.language is None or ename == "ShutdownError":
+        if self.language is None or ename == "ShutdownError":  # (`connect` may have no request)
             raise KernelError(ename, evalue)
-        waited, request.question = now - job.interrupted_at, None
+        waited = now - job.interrupted_at
+        request.question = None
         if request.interrupt_sent is None:
             has_begun = request.busy_since and now - request.busy_since > 0.05
             if has_begun or owns_kernel and waited > POLL_AFTER:
@@ -1078,8 +1080,8 @@ class Kernel:
             job.finish(None, KernelError(ename, text))  # and stays busy
 
     def check_alive(self):
-        """Raise KernelError if the kernel has died. When its local process exits, or after silence
-        (the network may be down), ask `Process.poll`, in the loop, since that may take long."""
+        """Raise KernelError if the kernel has died (`start` looks at an idle one). After a silence,
+        maybe the network's, or a local exit, ask `Process.poll` in the loop: that may take long."""
         process, connection, now = self.process, self.connection, time.monotonic()
         connection.check_heartbeat()
         is_silent = now - connection.last_message > POLL_AFTER or connection.disconnected
@@ -1095,7 +1097,7 @@ class Kernel:
 
     def check_lost(self, request):
         """Send a second request if the reply or the idle status may be lost: its reply proves it.
-        It also wakes an ipykernel whose interrupted `await` would go on."""
+        It also wakes an ipykernel whose interrupted `await` would not notice."""
         now, connection = time.monotonic(), self.connection
         is_half = (request.reply is not None) != request.is_idle
         is_stopping = request.interrupt_sent is not None and not request.is_idle
@@ -1120,9 +1122,8 @@ class KernelNamespace:
                 frame.f_globals.get("__name__") == "IPython.core.completer"
                 or frame.f_code.co_name == "object_inspect_mime"  # Tab and tooltips don't wait
                 for frame, _ in traceback.walk_stack(None)):
-            Collector(Screen(kernel.magics.shell, labelled=False), [kernel]).finish_when_read()
-            if name in vars(self):
-                return vars(self)[name]
+            Collector(Screen(kernel.magics.shell, labelled=False), [kernel]).finish_runs()
+            return getattr(self, name)
         raise AttributeError(f"nothing named {name!r} has come back from {kernel.name}")
 
     def __repr__(self):
@@ -1200,7 +1201,7 @@ class Collector:
     def show_status(self, waiting, doing, seconds):
         """Show after 3 s which kernels are waited for, which are ready, and which don't answer."""
         flush()
-        silent = [f"; {kernel.name} does not answer since {since}" for kernel in waiting
+        silent = [f"; {kernel.name} has not answered since {since}" for kernel in waiting
                   if (since := kernel.connection.silent_since)]
         if seconds > 3 and (len(self.kernels) > 1 or silent or not waiting[0].language):
             ready = short_list(kernel for kernel in self.kernels if kernel not in waiting)
@@ -1208,7 +1209,7 @@ class Collector:
             self.screen.show_status(text + (f"; ready: {ready}" if ready else ""))
 
     def collect(self, jobs, doing="waiting for", interrupt=True, keep_failures=False):
-        """Wait for jobs, load their outputs. Raises RemoteError (after Ctrl-C: only shows it)."""
+        """Wait for jobs, load their outputs. Raises RemoteError, or, after Ctrl-C, shows it."""
         self.wait(jobs, doing, interrupt)
         failures, stopped = {}, {}
         for kernel, job in jobs.items():
@@ -1244,7 +1245,8 @@ class Collector:
             raise KeyboardInterrupt("; ".join(texts) or "no kernel stopped")
 
     def load(self, kernel, parts, failures, buffers):
-        """Load outputs into a namespace, each alone if need be. Raises KernelError for the rest."""
+        """Load outputs into a namespace: together, or else fetched anew and loaded each alone.
+        Raises KernelError for those that did not come or can't be loaded; the others are there."""
         for names, count in parts:
             pickled, buffers = buffers[:count], buffers[count:]
             try:
@@ -1278,7 +1280,7 @@ class Collector:
                     raise KeyboardInterrupt(f"{kernel.name} is used by another thread")
             stack.callback(kernel.lock.release)
 
-    def finish_when_read(self, keep_failures=False):
+    def finish_runs(self, keep_failures=False):
         """Wait for the background runs, and load their outputs. Ctrl-C only ends the waiting."""
         runs = {kernel: kernel.background_run for kernel in self.kernels if kernel.background_run}
         with self.interrupts, contextlib.ExitStack() as stack:
@@ -1295,9 +1297,8 @@ class Collector:
         if self.screen.waiter or kernel.background_run is not run:
             return
         try:
-            self.finish_when_read(keep_failures=True)
-        except KeyboardInterrupt:
-            pass
+            with contextlib.suppress(KeyboardInterrupt):
+                self.finish_runs(keep_failures=True)
         except RemoteError as error:
             self.screen.shell.showtraceback((RemoteError, error, None))
 
@@ -1319,7 +1320,7 @@ class Call(Collector):
         if self.shutdown_only and (self.outputs or pushes):
             raise UsageError("-s leaves no kernel for -o or -p, unless there is code to run")
         if self.background and ("t" in options or not code.strip()):
-            raise UsageError("-b needs code, and no -t; -t in a call without code waits for it")
+            raise UsageError("-b needs code, and no -t; a later call without code can wait with -t")
         values = {name: self.local_value("i", name) for name in inputs}
         self.pushed = {name: self.local_value("p", name) for name in pushes}
         self.plans: dict[Kernel, tuple[str, str, str]] = {}  # (spec, directory, code)
@@ -1356,10 +1357,9 @@ class Call(Collector):
                 for kernel in kernels:
                     kernel.background_run = None
                     kernel.abandon_jobs()
-                jobs = {kernel: kernel.submit(screen, kernel.end) for kernel in kernels}
-                self.wait(jobs, "stopping", interrupt=False)
-                ends = {kernel: job.result() for kernel, job in jobs.items()}
-                self.collect(ends, "stopping", interrupt=False)
+                self.collect({kernel: kernel.submit(screen, kernel.end) for kernel in kernels},
+                             "stopping", interrupt=False)
+                self.collect({each: each.ended for each in kernels}, "stopping", interrupt=False)
             else:
                 runs = {each: each.background_run for each in kernels if each.background_run}
                 for kernel, run in runs.items():
@@ -1370,13 +1370,13 @@ class Call(Collector):
                 concurrent.futures.wait(left, timeout=1)  # of an earlier call, which waits no more
                 for each in kernels:
                     is_left = any(job.interrupt_reason for job in tuple(each.jobs))
-                    if is_left and not (each.process and each.process.has_exited):
+                    if is_left and not getattr(each.process, "has_exited", False):
                         raise UsageError(f"{each.name} is still busy; wait, or replace it with -s")
-            for kernel in kernels:  # a background run has its own, see `move_to`
+            for kernel in kernels:  # (that of a background run moves alone, see `move_to`)
                 kernel.screen = Screen(screen.shell, screen.labelled) if self.background else screen
             if self.shutdown_only:
                 return
-            timeout = self.magics.startup_timeout + (len(kernels) - 1) / 2  # on few processors
+            timeout = self.magics.startup_timeout + (len(kernels) - 1) / 2  # they share processors
             self.collect({kernel: kernel.submit(screen, kernel.start, spec, timeout)
                           for kernel, (spec, _, _) in plans.items()}, "starting")
             self.magics.shell.user_ns.update({each.name: each.namespace for each in kernels})
@@ -1417,7 +1417,7 @@ class Call(Collector):
         """Leave the jobs to run; in a notebook, load their outputs as soon as they are done."""
         for kernel, job in jobs.items():
             for name in self.outputs:
-                vars(kernel.namespace).pop(name, None)
+                vars(kernel.namespace).pop(name, None)  # reading it waits
             job.names, job.since = self.outputs, time.strftime("running since %X")
             kernel.background_run = job
             if self.screen.notebook:
@@ -1466,22 +1466,22 @@ class RemoteExecMagics(magic.Magics):
         come first (-- ends them); the rest of the line is code, taken verbatim, ahead of the cell.
 
         -k, --kernels NAME[=SPEC][:DIRECTORY],...
-            NAME is the variable that has what comes back. SPEC picks the kernelspec (a part of it
-            is enough, _ stands for anything), or is the .json connection file of a running kernel;
-            the default is what NAME had last, else NAME. DIRECTORY is the working directory over
-            there from now on. `-k {names}` takes a string, or a list of strings.
+            NAME becomes a variable; what comes back is its attributes. SPEC picks the kernelspec (a
+            part of it is enough, _ stands for anything), or is a running kernel's connection file
+            (.json); the default is what NAME had last, else NAME. DIRECTORY is the kernel's working
+            directory from now on. `-k {names}` takes a string, or a list of strings.
         -o, --output NAMES     Variables to bring back, as attributes of NAME; needs no code.
         -i, --input NAMES      Local variables to put into the code, as str() writes them, wherever
                                {variable} stands. A dict is looked up by kernel NAME.
         -p, --push NAMES       Local variables to send as objects, before the code runs.
         -s, --shutdown         Shut the kernels down; with code, restart them and run it.
-        -t, --timeout SECONDS  Interrupt the kernels that are still busy then.
+        -t, --timeout SECONDS  Interrupt the kernels that are still busy after so many seconds.
         -b, --background       Return when the code is on its way. Reading an attribute that it
                                brings waits for it, as does the next call that names the kernel.
         -l, --list             List the kernels that run, and the kernelspecs that there are.
 
         Ctrl-C interrupts the kernels; a second one gives the prompt back at once. What goes wrong
-        over there is a `RemoteError`, whose ``failures`` maps NAME to (ename, evalue, traceback);
+        on a kernel is a `RemoteError`, whose ``failures`` maps NAME to (ename, evalue, traceback);
         your own mistakes are a `UsageError`, before any code runs.
         """
         if self.is_closed or os.getpid() != self.pid:
@@ -1500,9 +1500,9 @@ class RemoteExecMagics(magic.Magics):
         running = [(each, each.process) for each in list(self.kernels.values()) if each.process]
         yield "running kernels:" if running else "running kernels:\n  none"
         for kernel, process in running:
-            run, state = kernel.background_run, "busy" if kernel.jobs else "idle"
-            state = "dead" if process.has_exited else run.since if run and not run.done() else state
-            yield f"  {kernel.name}  {kernel.spec}  {state}"
+            run, is_dead = kernel.background_run, process.has_exited or process.exit_reason
+            state = run.since if run and not run.done() else "busy" if kernel.jobs else "idle"
+            yield f"  {kernel.name}  {kernel.spec}  {'dead' if is_dead else state}"
         yield "\n  ".join(["kernelspecs:", *sorted(self.kernelspecs.find_kernel_specs())])
 
     @property
