@@ -155,7 +155,7 @@ def dumps(value, protocol):
     except ImportError:
         return dumps_with(pickle.Pickler, value, protocol)
     with contextlib.suppress(Exception):
-        if not getattr(cloudpickle, "list_registry_pickle_by_value", list)():  # or so told
+        if not getattr(cloudpickle, "list_registry_pickle_by_value", list)():
             return dumps_with(pickle.Pickler, value, protocol)
     return dumps_with(cloudpickle.CloudPickler, value, protocol)
 
@@ -1068,7 +1068,7 @@ class Kernel:
         request.question = None
         if request.interrupt_sent is None:
             has_begun = request.busy_since and now - request.busy_since > 0.05
-            if has_begun or owns_kernel and waited > POLL_AFTER:
+            if has_begun or owns_kernel and waited > POLL_AFTER:  # (its status may be lost)
                 self.connection.send("control", "interrupt_request", {})
                 request.interrupt_sent, request.interrupt_answered = now, False
         elif not request.interrupt_answered and now - request.interrupt_sent > REPLY_TIMEOUT:
