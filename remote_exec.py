@@ -1,10 +1,9 @@
 """Run a line or a cell on one or many Jupyter kernels, and bring variables back.
 
 A call (`Call.run`) gives jobs to its kernels (`Kernel.submit`), waits for them, and loads the
-outputs (`Collector.collect`). Each kernel has two threads here: one runs its jobs, with `Kernel`,
-`Request` and `Connection` in plain blocking code; the other an asyncio loop with the coroutines of
-`Process`. The user's thread does the rest, like output and input: it is the magic's caller, or the
-notebook's main thread between two cells.
+outputs (`Collector.collect`). Each kernel has two threads here: one runs its jobs (`Kernel`,
+`Request`, `Connection`), the other an asyncio loop with the coroutines of `Process`. The user's
+thread does the rest: it is the magic's caller, or the notebook's main thread between two cells.
 """
 from __future__ import annotations
 
@@ -70,7 +69,7 @@ class Failure(NamedTuple):
 
 
 class KernelError(Exception):
-    """Raised in a kernel's thread to end its job; its arguments make a `Failure`."""
+    """What a job, or the loading of its outputs, failed with; its arguments make a `Failure`."""
 
 
 def failure_of(error):
@@ -135,7 +134,7 @@ def without_gc(function, *arguments, **options):
 def dumps_with(pickler_class, value, protocol):
     """Pickle a value; return [stream, out-of-band buffer, ...] (PEP 574)."""
     chunks, buffers = [], []  # (pickle writes a large object as a chunk of its own)
-    options = {} if protocol < 5 else {  # (true: in the stream; a message frame would cost more)
+    options = {} if protocol < 5 else {  # (true: small, stays in the stream; a frame costs more)
         "buffer_callback": lambda each: each.raw().nbytes < 65536 or buffers.append(each.raw())}
     pickler = pickler_class(types.SimpleNamespace(write=chunks.append), protocol, **options)
     without_gc(pickler.dump, value)
@@ -301,8 +300,8 @@ def substitute(code, name, values):
 class Interrupts:
     """Count each Ctrl-C in the main thread; raise KeyboardInterrupt only when the block ends.
 
-    Meanwhile the first has `Collector.wait` interrupt the kernels, which `Kernel.check_interrupt`
-    does (or, if not ``interrupt``, end its waiting). The second ends the waiting: the kernels stay
+    The first has `Collector.wait` interrupt the kernels (`Kernel.check_interrupt` sends that), or,
+    called with interrupt=False, wait no more. The second ends the waiting anyway: the kernels stay
     busy, and `Call.run` refuses them until they are done, or -s replaces them."""
 
     count = 0
@@ -504,8 +503,8 @@ class Widgets:
             self.comms.pop(comm_id).close(data, metadata, buffers)
 
     def capture(self, begins):
-        """Begin or end the capture by an `Output` widget here, for one output that is captured over
-        there; not for longer, since here the outputs of all kernels have the same parent."""
+        """Begin or end the capture of one output, which an `Output` widget of the kernel captures;
+        not for longer, since here the outputs of all kernels have the same parent."""
         if self.active_outputs:
             flush()
             parent = self.kernel.magics.shell.kernel.get_parent()["header"]["msg_id"]
@@ -553,12 +552,12 @@ class Process:
     that we attached to, just a connection file. Written by the kernel's thread, and by `poll`."""
 
     def __init__(self, magics, run_in_loop, spec):
-        """Begin the launch; the future `launched` is its end. Raises what fails at once."""
+        """Begin the launch; `launched` is done when that is over. Raises what fails at once."""
         self.owns_kernel = not spec.endswith(".json")
-        self.exit_reason: str | None = None  # how it ended; set by `poll`, cleared by `Kernel.call`
-        self.last_poll: float = 0.0  # when the provisioner was last asked
+        self.exit_reason: str | None = None  # set by `poll`; cleared by `Kernel.call` if not ours
+        self.last_poll: float = 0.0  # when `poll` was last called
         runtime_dir = magics.runtime_dir()
-        self.stderr = tempfile.TemporaryFile(dir=runtime_dir)  # what ours gets would show twice
+        self.stderr = tempfile.TemporaryFile(dir=runtime_dir)  # (on our stderr it would show twice)
         if not self.owns_kernel:
             self.connection_file: str = spec
             self.launched = self.latest_poll = run_in_loop(asyncio.sleep(0))  # soon done
@@ -610,8 +609,8 @@ class Process:
         return f" [{' | '.join(lines)}]" if lines else ""
 
     async def shutdown(self, requested, seconds):
-        """End our process: by SIGTERM (srun passes it on) after half of the seconds (None:
-        `shutdown_wait_time`), or at once if no shutdown was requested; in the end by SIGKILL."""
+        """End our process by SIGTERM (srun passes it on): at once, or if a shutdown was requested,
+        after half of the seconds (None: `shutdown_wait_time`); by SIGKILL if that does not help."""
         await asyncio.wait([asyncio.wrap_future(self.launched)])
         try:
             if requested:
@@ -638,7 +637,7 @@ class Connection:
         self.sockets: dict[str, zmq.Socket] = {}  # by channel
         self.last_message = self.last_ping = 0.0  # (our requests count as messages, too)
         self.silent_since: str | None = None  # the time of day, while the heartbeat is missing
-        self.disconnected: bool = False  # until a request asks whether all still works
+        self.disconnected: bool = False  # the shell socket lost its peer, and nobody asked since
 
     def connect_if_changed(self, path):
         """Connect if the connection file names a new address; return whether it does. (The same
@@ -687,8 +686,10 @@ class Connection:
         if self.wake_receiver.fileno() in ready:
             self.wake_receiver.recv(4096)
         for channel in [name for name, each in self.sockets.items() if each in ready]:
-            self.last_message = time.monotonic()
-            self.disconnected = self.disconnected or channel == "monitor"
+            if channel == "monitor":
+                self.disconnected = True
+            else:
+                self.last_message = time.monotonic()
             with contextlib.suppress(Exception):  # a pong, an event, or not signed by this kernel
                 message = self.client.session.recv(self.sockets[channel], copy=False)[1]
                 if message:
@@ -714,7 +715,7 @@ class Job(concurrent.futures.Future):
     def __init__(self, screen, function):
         super().__init__()
         self.screen, self.function = screen, function  # where its output shows, what it does
-        self.interrupt_reason: Failure | None = None   # this and the next are set by any thread
+        self.interrupt_reason: Failure | None = None   # set by any thread, like the next line's
         self.interrupted_at, self.deadline, self.timeout_text = 0.0, float("inf"), ""
         self.names, self.since = [], ""  # of a background run: its outputs, its state for -l
 
@@ -727,20 +728,20 @@ class Job(concurrent.futures.Future):
             self.set_result(result)
 
     def interrupt(self, ename, evalue):
-        """Have the kernel's thread interrupt this job; the first reason given is its failure."""
+        """From any thread: have the kernel's thread interrupt this job; the first reason counts."""
         if self.interrupt_reason is None:
             self.interrupted_at = time.monotonic()
             self.interrupt_reason = Failure(ename, evalue)
 
     def set_timeout(self, seconds, text=""):
         """Interrupt what it does if that has not ended within so many seconds from now."""
-        self.timeout_text = text or f"still busy after {seconds:g} s; interrupted"  # comes first
-        self.deadline = time.monotonic() + seconds
+        self.timeout_text = text or f"still busy after {seconds:g} s; interrupted"
+        self.deadline = time.monotonic() + seconds  # (last: who sees it passed uses the text)
 
 
 class Request:
     """A request. `Kernel.call` sends it, and waits for its reply (shell) and idle status (iopub);
-    what `Kernel.handle_message` does not show comes here. Written by the kernel's thread."""
+    `check_interrupt`, `check_alive`, `check_lost` may end that. Written by the kernel's thread."""
 
     def __init__(self, msg_id, has_reply=True):
         self.msg_id: str = msg_id
@@ -772,7 +773,7 @@ class Request:
                 self.handle_reply(content)
             elif is_probe and self.reply is None:  # kernels answer in order: ours was lost
                 self.reply = {}
-                self.fail("LostReplyError", "the connection broke, and the reply was lost")
+                self.fail("LostReplyError", "the connection broke; request or reply was lost")
         elif kind == "status" and (is_ours or is_probe):
             self.busy_since = self.busy_since or time.monotonic()
             self.is_idle = content["execution_state"] == "idle"
@@ -795,14 +796,14 @@ class Request:
 
 
 class Kernel:
-    """What NAME stands for: a process somewhere, and a thread here that talks to it. That thread
-    writes the fields, unless their comment names another."""
+    """What NAME stands for: a process somewhere, and a thread here that talks to it: it runs all
+    methods but submit, wake, abandon_jobs, and writes the fields whose comment names no other."""
 
     def __init__(self, magics, name):
         raise_open_files_limit()
         self.magics, self.name, self.namespace = magics, name, KernelNamespace(self)
         self.spec: str = name  # also written by `find_kernel`, like the namespace
-        self.lock = threading.RLock()  # held by a call, which also writes the next two fields
+        self.lock = threading.RLock()  # held by a call or `finish_runs`, which write the next two
         self.background_run: Job | None = None  # until it is collected
         self.screen = Screen(magics.shell, labelled=False)  # of the latest call
         self.jobs: collections.deque[Job] = collections.deque()  # the first runs; any thread adds
@@ -822,11 +823,9 @@ class Kernel:
         self.request: Request | None = None  # the one that it is busy with
         self.widgets: Widgets = Widgets(self)
 
-    # called by other threads
-
     def submit(self, screen, function, *arguments, **options):
         """Return the job that calls one of the methods below in the kernel's thread."""
-        if not self.thread.is_alive():  # (here, as an error in the thread would end it unseen)
+        if not self.thread.is_alive():  # (the loop is made here, where an error reaches the user)
             self.loop = loop = asyncio.new_event_loop()
             loop.set_exception_handler(lambda *_: None)  # of what is pending when it ends
             threading.Thread(target=lambda: (loop.run_forever(), loop.close()), daemon=True).start()
@@ -845,8 +844,6 @@ class Kernel:
         for job in tuple(self.jobs):  # (also those that have another reason)
             job.interrupt_reason = Failure("ShutdownError", "the kernel was shut down")
 
-    # called in the kernel's thread, most of them as or by its jobs
-
     def run_in_loop(self, coroutine):
         """Run a coroutine in the loop of the provisioner; return its future."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
@@ -864,8 +861,9 @@ class Kernel:
                 outcome = job.function(), None
             except BaseException as error:
                 outcome = None, error
-                if self.process and self.process.exit_reason and not job.interrupt_reason:
-                    self.end()  # the kernel died
+                if self.process and self.process.exit_reason and not job.interrupt_reason and (
+                        self.request is None or self.request.reply != {}):  # (not of a widget)
+                    self.end()
             self.jobs.popleft()
             job.finish(*outcome)
             job = outcome = None  # may be large
@@ -879,7 +877,6 @@ class Kernel:
                 return
             try:
                 self.execute("", *((prepare, "", False) if self.protocol else ()))  # only a test
-                self.connection.disconnected = False
                 return
             except Exception:
                 if not process.owns_kernel or not process.exit_reason:
@@ -943,6 +940,8 @@ class Kernel:
     def end(self, seconds=None):
         """Disconnect, and shut the process down if it is ours; `ended` is the future of its end."""
         process, connection = self.process, self.connection
+        if process is None and self.ended and not self.ended.done():
+            return
         owns_kernel = process is not None and process.owns_kernel
         requested = owns_kernel and self.language and not (self.request or process.exit_reason)
         if requested:
@@ -973,8 +972,8 @@ class Kernel:
         if request and request.handle_message(channel, message):
             return
         if channel != "iopub" or parent.get("session") != self.connection.client.session.session:
-            return  # an output of another client
-        is_ours = request is not None and request.msg_id == parent.get("msg_id")
+            return  # no output, or another client's
+        is_ours = bool(request and self.jobs) and request.msg_id == parent.get("msg_id")
         screen = self.jobs[0].screen if is_ours else self.screen
         item = self.widgets.show, screen, kind, content, message["metadata"], message["buffers"]
         if is_ours and (kind == "error" or request.held):
@@ -1020,8 +1019,8 @@ class Kernel:
                     self.show_held(request)  # the code goes on
             self.request = None
         finally:
-            if request.failure and request.held:  # that error is raised
-                del request.held[0]
+            if request.held and request.failure and request.failure.ename != "LostReplyError":
+                del request.held[0]  # that error is raised
             self.show_held(request)
             screen.call_soon(screen.end_partial_lines, self.name)
         for payload in request.reply.get("payload") or []:
@@ -1076,12 +1075,13 @@ class Kernel:
             if owns_kernel:
                 self.run_in_loop(self.process.manager.signal_kernel(signal.SIGINT))
         if ename == "TimeoutError" and waited > INTERRUPT_TIMEOUT:
-            text = f"{evalue}, but ignores the interrupt; -s replaces it"
-            job.finish(None, KernelError(ename, text))  # and stays busy
+            cause = "ignores the interrupt; -s replaces it" if request.interrupt_sent else (
+                "another client's code goes first")
+            job.finish(None, KernelError(ename, f"{evalue}, but {cause}"))  # and stays busy
 
     def check_alive(self):
-        """Raise KernelError if the kernel has died (`start` looks at an idle one). After a silence,
-        maybe the network's, or a local exit, ask `Process.poll` in the loop: that may take long."""
+        """Raise KernelError if the kernel died; in each round of `call` (for an idle one, `start`).
+        After a silence or local exit `Process.poll`, in the loop, asks the provisioner or port."""
         process, connection, now = self.process, self.connection, time.monotonic()
         connection.check_heartbeat()
         is_silent = now - connection.last_message > POLL_AFTER or connection.disconnected
@@ -1192,8 +1192,8 @@ class Collector:
     def answer_question(self, kernel):
         """Ask the user for the input that a kernel requests, if any. (`wait` handles a Ctrl-C.)"""
         request = kernel.request
-        question = request and request.question  # its thread may withdraw it at any time
-        if question and request.answer is None and not self.interrupts.count:
+        question = request and request.answer is None and request.question  # (in this order)
+        if question and not self.interrupts.count:
             with contextlib.suppress(KeyboardInterrupt), self.interrupts.raising("asked"):
                 request.answer = self.screen.ask(kernel.name, *question)
             kernel.wake()
@@ -1214,7 +1214,7 @@ class Collector:
         failures, stopped = {}, {}
         for kernel, job in jobs.items():
             is_run = kernel.background_run is job
-            if is_run:  # what is loaded may read the attributes that it brings
+            if is_run:  # (or loading what reads these attributes would wait for the run)
                 kernel.background_run = None
             try:
                 if not job.done():
@@ -1292,8 +1292,8 @@ class Collector:
                           if kernel.background_run is run}, keep_failures=keep_failures)
 
     def finish_between_cells(self, kernel, run):
-        """Load the outputs of a background run, unless a call does; show its failure, and keep it
-        for the next call that names the kernel to raise."""
+        """Load the outputs of a background run, unless a call does; show its failure, and keep it:
+        the next call that names the kernel raises it again."""
         if self.screen.waiter or kernel.background_run is not run:
             return
         try:
@@ -1372,7 +1372,7 @@ class Call(Collector):
                     is_left = any(job.interrupt_reason for job in tuple(each.jobs))
                     if is_left and not getattr(each.process, "has_exited", False):
                         raise UsageError(f"{each.name} is still busy; wait, or replace it with -s")
-            for kernel in kernels:  # (that of a background run moves alone, see `move_to`)
+            for kernel in kernels:  # (each background run has a screen of its own, for `move_to`)
                 kernel.screen = Screen(screen.shell, screen.labelled) if self.background else screen
             if self.shutdown_only:
                 return
@@ -1454,35 +1454,35 @@ class RemoteExecMagics(magic.Magics):
     def remote_exec(self, line, cell=None, local_ns=None):
         """Run code on one or many Jupyter kernels, and bring variables back::
 
-            In [1]: filenames = {"kernel1": "a.txt", "kernel2": "b.txt"}
-            In [2]: %%remote_exec -k kernel1=far:/data,kernel2=python3:/tmp -i filenames -o x,y
+            In [1]: filenames = {"far": "a.txt", "near": "b.txt"}
+            In [2]: %%remote_exec -k far:/data,near=python3:/tmp -i filenames -o x,y
                ...: import numpy as np
                ...: x, y = np.loadtxt("{filenames}").T
-            In [3]: plt.plot(kernel1.x, kernel1.y); plt.plot(kernel2.x, kernel2.y)
-            In [4]: %remote_exec -k kernel1 -p threshold -o above -- above = x > threshold
-            In [5]: %remote_exec -k kernel1,kernel2 -s
+            In [3]: plt.plot(far.x, far.y); plt.plot(near.x, near.y)
+            In [4]: %remote_exec -k far -p threshold -o above -- above = x > threshold
+            In [5]: %remote_exec -k far,near -s
 
-        Kernels start when they are first named, run at the same time, and keep their state. Options
-        come first (-- ends them); the rest of the line is code, taken verbatim, ahead of the cell.
+        Kernels start when first named, run at the same time, and keep their state. What
+        follows the options (-- ends them) is code, taken verbatim, ahead of the cell.
 
         -k, --kernels NAME[=SPEC][:DIRECTORY],...
-            NAME becomes a variable; what comes back is its attributes. SPEC picks the kernelspec (a
-            part of it is enough, _ stands for anything), or is a running kernel's connection file
-            (.json); the default is what NAME had last, else NAME. DIRECTORY is the kernel's working
-            directory from now on. `-k {names}` takes a string, or a list of strings.
-        -o, --output NAMES     Variables to bring back, as attributes of NAME; needs no code.
-        -i, --input NAMES      Local variables to put into the code, as str() writes them, wherever
-                               {variable} stands. A dict is looked up by kernel NAME.
+            NAME becomes a variable; what comes back is its attributes. SPEC picks the
+            kernelspec (a part is enough, _ means anything), or is the connection file
+            (.json) of a running kernel; the default is what NAME had last, else NAME.
+            DIRECTORY is its working directory. `-k {names}` takes a string or a list.
+        -o, --output NAMES     Variables to bring back; needs no code.
+        -i, --input NAMES      Local variables to put into the code where {variable}
+                               stands, as str(); dicts are looked up by kernel NAME.
         -p, --push NAMES       Local variables to send as objects, before the code runs.
-        -s, --shutdown         Shut the kernels down; with code, restart them and run it.
-        -t, --timeout SECONDS  Interrupt the kernels that are still busy after so many seconds.
-        -b, --background       Return when the code is on its way. Reading an attribute that it
-                               brings waits for it, as does the next call that names the kernel.
-        -l, --list             List the kernels that run, and the kernelspecs that there are.
+        -s, --shutdown         Shut the kernels down; with code, restart them first.
+        -t, --timeout SECONDS  Interrupt the kernels that are busy for longer.
+        -b, --background       Return when the code is on its way. Reading what it
+                               brings waits, as does the next call on that kernel.
+        -l, --list             List the kernels that run, and all kernelspecs.
 
-        Ctrl-C interrupts the kernels; a second one gives the prompt back at once. What goes wrong
-        on a kernel is a `RemoteError`, whose ``failures`` maps NAME to (ename, evalue, traceback);
-        your own mistakes are a `UsageError`, before any code runs.
+        Ctrl-C interrupts the kernels; a second one gives the prompt back. What goes
+        wrong on a kernel is a `RemoteError`, whose ``failures`` maps NAME to (ename,
+        evalue, traceback); your own mistakes are a `UsageError`, before any code runs.
         """
         if self.is_closed or os.getpid() != self.pid:
             raise UsageError("the kernels are gone, or another process's; %reload_ext remote_exec")
@@ -1577,10 +1577,10 @@ class RemoteExecMagics(magic.Magics):
             ends = concurrent.futures.wait(self.ends, max(0, deadline - time.monotonic()))
             shutil.rmtree(self.session_dir, ignore_errors=True)
             if not ends.not_done:
+                if kernels:  # (in a thread, as this would wait for ever for a socket left open)
+                    kernels[0].loop.call_soon_threadsafe(self.context.term)
                 for kernel in kernels:
                     kernel.loop.call_soon_threadsafe(kernel.loop.stop)
-                # (in another thread, as it would wait for ever for a socket that was left open)
-                threading.Thread(target=self.context.term, daemon=True).start()
 
 
 def load_ipython_extension(ipython):
