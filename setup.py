@@ -29,7 +29,7 @@ setup(
         "Framework :: IPython",
         "Framework :: Jupyter",
         "Intended Audience :: Science/Research",
-        "Operating System :: OS Independent",
+        "Operating System :: POSIX",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering",
         "Topic :: System :: Distributed Computing",
