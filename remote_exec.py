@@ -512,7 +512,7 @@ class Widgets:
                                           "state": {"msg_id": parent if begins else ""}})
 
     def send_to_kernel(self, kind, message):
-        """Send a front end's message on; wait until it is handled, unless the kernel is busy."""
+        """Send a front end's message on, in the main thread; wait for that, if it isn't busy."""
         kernel, is_busy = self.kernel, bool(self.kernel.jobs)
         if threading.current_thread() is not threading.main_thread():  # only that one gets Ctrl-C
             loop, done = kernel.screen.notebook.io_loop.asyncio_loop, concurrent.futures.Future()
@@ -524,7 +524,7 @@ class Widgets:
         job = kernel.submit(screen, kernel.call, kind, message["content"],
                             metadata=message["metadata"], buffers=message["buffers"])
         if not is_busy:
-            collector = Collector(screen, [kernel])
+            collector = Collector(screen, [])  # (not to empty the screen of the kernel's run)
             with contextlib.suppress(KeyboardInterrupt), collector.interrupts:
                 collector.wait({kernel: job})
 
@@ -655,8 +655,7 @@ class Connection:
         self.address = address
         client = self.client = KernelClient(context=self.context, connection_file=path)
         client.load_connection_info(info)
-        # (without the date: parsing that takes half the time of receiving a message)
-        client.session.unpack = lambda part: {
+        client.session.unpack = lambda part: {  # (parsing dates takes half the time of receiving)
             key: value for key, value in json.loads(part).items() if key != "date"}
         for channel in ("iopub", "shell", "control", "hb", "stdin"):
             self.context.immediate = channel == "stdin"  # is writable only once it is connected
@@ -720,7 +719,7 @@ class Job(concurrent.futures.Future):
         self.names, self.since = [], ""  # of a background run: its outputs, its state for -l
 
     def finish(self, result, error):
-        """Set the outcome, unless a time-out has."""
+        """Set the outcome, unless a time-out has; in the kernel's thread, or by `collect`."""
         self.function = None  # its arguments may be large
         if error and not self.done():
             self.set_exception(error)
@@ -740,8 +739,8 @@ class Job(concurrent.futures.Future):
 
 
 class Request:
-    """A request. `Kernel.call` sends it, and waits for its reply (shell) and idle status (iopub);
-    `check_interrupt`, `check_alive`, `check_lost` may end that. Written by the kernel's thread."""
+    """A request: `Kernel.call` sends it and feeds it messages (`handle_message`) until it has its
+    reply (shell) and is idle (iopub), or a `check_...` ends it. Written by the kernel's thread."""
 
     def __init__(self, msg_id, has_reply=True):
         self.msg_id: str = msg_id
@@ -751,6 +750,7 @@ class Request:
         self.outputs: tuple | None = None    # (parts, failures, buffers), see `publish`
         self.failure: Failure | None = None
         self.held: list = []                 # outputs since the latest error: (time, function, ...)
+        self.held_ename: str | None = None   # of that error
         self.question: tuple | None = None   # (prompt, whether it asks for a password)
         self.answer: str | None = None       # set by the user's thread, cleared by the kernel's
         self.interrupt_sent: float | None = None
@@ -979,6 +979,7 @@ class Kernel:
         if is_ours and (kind == "error" or request.held):
             if kind == "error":
                 self.show_held(request)
+                request.held_ename = content["ename"]
             request.held.append((time.monotonic(), *item))
         else:
             screen.call_soon(*item)
@@ -987,7 +988,7 @@ class Kernel:
         """Show an error that was not the end of the code, and what came after it."""
         for _, *item in request.held:
             self.jobs[0].screen.call_soon(*item)
-        request.held = []
+        request.held, request.held_ename = [], None
 
     def notify(self, text):
         self.jobs[0].screen.call_soon(self.jobs[0].screen.write, sys.stderr, text + "\n")
@@ -1019,7 +1020,7 @@ class Kernel:
                     self.show_held(request)  # the code goes on
             self.request = None
         finally:
-            if request.held and request.failure and request.failure.ename != "LostReplyError":
+            if request.failure and request.failure.ename == request.held_ename:
                 del request.held[0]  # that error is raised
             self.show_held(request)
             screen.call_soon(screen.end_partial_lines, self.name)
@@ -1052,7 +1053,7 @@ class Kernel:
         return self.execute("", function, *arguments, **more)  # the code has run
 
     def check_interrupt(self, request):
-        """Interrupt the code if the job has a reason to, once it has begun: an earlier one would be
+        """Interrupt the code, once begun or after POLL_AFTER (ours): an earlier interrupt would be
         lost, or hit another client's code. Send a signal if no reply comes (ipykernel 5)."""
         now, job, owns_kernel = time.monotonic(), self.jobs[0], self.process.owns_kernel
         if now > job.deadline and not (self.language and request.reply):
@@ -1080,8 +1081,8 @@ class Kernel:
             job.finish(None, KernelError(ename, f"{evalue}, but {cause}"))  # and stays busy
 
     def check_alive(self):
-        """Raise KernelError if the kernel died; in each round of `call` (for an idle one, `start`).
-        After a silence or local exit `Process.poll`, in the loop, asks the provisioner or port."""
+        """Raise KernelError if the kernel died; in each round of `call`, `connect` (idle: `start`).
+        `Process.poll` (in the loop) asks the provisioner or port, after a silence or local exit."""
         process, connection, now = self.process, self.connection, time.monotonic()
         connection.check_heartbeat()
         is_silent = now - connection.last_message > POLL_AFTER or connection.disconnected
@@ -1110,8 +1111,7 @@ class Kernel:
 class KernelNamespace:
     """What came back from one kernel: its attributes are the variables."""
 
-    # (the slot has a mangled name, so that variables may have any other)
-    __slots__ = ("__dict__", "__weakref__", "__kernel")
+    __slots__ = ("__dict__", "__weakref__", "__kernel")  # (mangled: variables may have any name)
 
     def __init__(self, kernel):
         self.__kernel = kernel
@@ -1165,8 +1165,8 @@ class Collector:
                     screen.process_queue()
                 if self.interrupts.count and waiting and not interrupt:
                     raise KeyboardInterrupt(f"{short_list(waiting)} not waited for")
-                for kernel in waiting if self.interrupts.count else ():
-                    for job in tuple(kernel.jobs):  # a widget's may be ahead of ours
+                if self.interrupts.count:  # (a widget's job may be ahead of ours)
+                    for job in [job for kernel in waiting for job in tuple(kernel.jobs)]:
                         job.interrupt("KeyboardInterrupt", "stopped")
                 if self.interrupts.count > 1:
                     break
@@ -1282,14 +1282,14 @@ class Collector:
 
     def finish_runs(self, keep_failures=False):
         """Wait for the background runs, and load their outputs. Ctrl-C only ends the waiting."""
-        runs = {kernel: kernel.background_run for kernel in self.kernels if kernel.background_run}
+        runs = {each: run for each in self.kernels if (run := each.background_run)}
         with self.interrupts, contextlib.ExitStack() as stack:
             for kernel in runs:
                 kernel.screen.move_to(self.screen)
             self.wait(runs, interrupt=False)  # without the locks: a call may end the runs
             self.lock_kernels(stack)
-            self.collect({kernel: run for kernel, run in runs.items()
-                          if kernel.background_run is run}, keep_failures=keep_failures)
+            self.collect({each: run for each, run in runs.items() if each.background_run is run},
+                         keep_failures=keep_failures)
 
     def finish_between_cells(self, kernel, run):
         """Load the outputs of a background run, unless a call does; show its failure, and keep it:
@@ -1368,6 +1368,7 @@ class Call(Collector):
                 self.collect(runs)
                 left = [job for each in kernels for job in tuple(each.jobs) if job.interrupt_reason]
                 concurrent.futures.wait(left, timeout=1)  # of an earlier call, which waits no more
+                self.wait({})  # shows what they print
                 for each in kernels:
                     is_left = any(job.interrupt_reason for job in tuple(each.jobs))
                     if is_left and not getattr(each.process, "has_exited", False):
@@ -1558,10 +1559,9 @@ class RemoteExecMagics(magic.Magics):
         return config.Config(self.shell.config, KernelManager={**ours, **users})
 
     def close(self):
-        """Shut all kernels down, as the session ends."""
+        """Shut all kernels down, as the session ends; a front end grants a notebook some 2.5 s."""
         if os.getpid() != self.pid:
             return  # a forked child: the kernels are its parent's
-        # A front end grants a notebook some 2.5 s.
         wait_time = AsyncKernelManager(config=self.shell.config).shutdown_wait_time
         limit, seconds = (2, 1.2) if hasattr(self.shell, "kernel") else (wait_time + 3, None)
         deadline = time.monotonic() + limit

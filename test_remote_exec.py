@@ -1300,15 +1300,18 @@ def test_an_error_is_the_far_tracebacks_in_their_order_without_our_frames(sessio
 
 
 @pytest.mark.parametrize("code, expected", [
-    pytest.param("pylab.plot([1, 2]); 1/0", ["display_data", "error"], id="a figure"),
-    pytest.param("get_ipython().events.register('post_run_cell', lambda _: print('hook')); 1/0",
-                 ["error", "stream"], id="a hook's print"),
-    pytest.param("try: 1/0\nexcept Exception: get_ipython().showtraceback()\n"
-                 "{gate}\nraise KeyError", ["error", "error"], id="another error")])
+    ("pylab.plot([1, 2]); 1/0", ["display_data", "error"]),
+    ("get_ipython().events.register('post_run_cell', lambda _: print('hook')); 1/0",
+     ["error", "stream"]),
+    ("{shown}\n{gate}\nraise KeyError", ["error", "error"]),
+    ("{shown}\ndel __import__('sys').modules['_remote_exec']", ["error", "error", "stream"])],
+    ids=["a figure", "a hook's print", "another error", "a lost module"])
 def test_a_notebook_shows_each_traceback_once_whatever_comes_after_it(
         notebook, tmp_path, code, expected):
     notebook.ok("%%remote_exec -k k3=python3 -s\n%matplotlib inline\nimport pylab")
-    cell = notebook.start(f"%%remote_exec -k k3\n{code.format(gate=gate(tmp_path / 'open'))}")
+    cell = notebook.start("%%remote_exec -k k3 -o x\n" + code.format(
+        gate=gate(tmp_path / "open"),
+        shown="try: 1/0\nexcept Exception: get_ipython().showtraceback()"))
     notebook.until(lambda: contents(notebook.under(cell), "error"))  # also while its code goes on
     (tmp_path / "open").touch()
     messages = notebook.end(cell)
@@ -1565,6 +1568,10 @@ def test_late_output_shows_in_a_terminal_at_the_next_call(session):
     for code in ("timer.join(); time.sleep(.3)", "1;"):
         shown += session.ok(f"-k a {code}")
     assert shown == "late\n"
+    session.interrupted("-k a -i begun,stubborn {begun}; {stubborn}; print('left')",
+                        presses=[session.begun, 0.5])
+    threading.Timer(0.5, session.open).start()
+    assert session.ok("-k a 1;") + session.ok("-k a -s") == "left\n"
 
 
 @newest  # on ipykernel 6, displays go under the latest cell
@@ -1910,7 +1917,6 @@ def test_in_a_forked_child_the_magic_is_refused_and_its_end_touches_nothing():
 # ---- Far kernels and batch queues -----------------------------------------
 
 def check_far_kernels(session, targets):
-    """Let far kernels, in `/usr`, do what local ones do, beside a local one."""
     names = re.findall(r"(\w+)=", targets)
     session.ns.update(gift=np.arange(1e6), names=names)
     session.ok(f"-k a,{targets} -p gift -o directory,host,pid,x", (
@@ -2058,12 +2064,6 @@ def test_a_job_may_outlive_the_session(session, job, tmp_path, monkeypatch):
 
 
 # ---- The documents --------------------------------------------------------
-
-def test_the_contents_lead_to_each_section():
-    titles = re.findall(r"(?m)^## (.*)", README)
-    links = re.findall(r"\(#([\w-]+)\)", README)
-    assert links == [re.sub(r"[^\w ]", "", each).lower().replace(" ", "-") for each in titles[1:]]
-
 
 def test_the_help_and_the_readme_name_all_options():
     options = re.findall(r"(?m)^\| `-(\w)`, `--(\w+)", README)
