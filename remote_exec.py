@@ -400,7 +400,7 @@ class Screen:
         elif kind in ("display_data", "execute_result", "update_display_data", "page"):
             self.show_display(name, content, update=kind == "update_display_data")
         elif kind == "clear_output":
-            self.partial_lines.clear()
+            self.partial_lines = {k: v for k, v in self.partial_lines.items() if k[0] != name}
             self.status_display = None
             self.shell.display_pub.clear_output(wait=bool(content.get("wait")))
         elif kind == "error":

@@ -164,7 +164,6 @@ class Session:
             self.shell.run_line_magic("remote_exec", line) for line in lines])
 
     def running(self):
-        """Return {name: state} of the kernels that -l lists."""
         with capture_output() as shown:
             self.shell.run_line_magic("remote_exec", "-l")
         return dict(re.findall(r"(?m)^  (\w+)  \S+  (.+)$", shown.stdout))
@@ -1505,13 +1504,13 @@ def test_ctrl_c_at_any_moment_leaves_working_kernels(session, line, request):
 
 
 def test_what_another_client_runs_is_neither_shown_nor_interrupted(session, other):
+    session.ok(f"-k more={other.file} 1")
     other.client.execute(f"{session.ns['begun']}; {session.gate}; print('theirs'); n = 1")
     assert until(session.begun.exists)
+    assert "another client's code goes first" in session.fails("-k more -t 1 1")["more"].evalue
     threading.Timer(1.5, session.open).start()
     session.interrupted("-k far -i wait {wait}", presses=[0.5])
     assert session.out == "" and session.there("far", "n") == 1
-    other.client.execute("__import__('time').sleep(9)")
-    assert "another client's code goes first" in session.fails("-k far -t 1 1")["far"].evalue
 
 
 @pytest.mark.parametrize("kind", [
@@ -1589,11 +1588,12 @@ def test_late_output_shows_in_a_notebook_as_it_comes_under_its_cell(notebook, tm
 
 
 def test_displays_updates_and_clear_output_are_unchanged_but_two_kernels_share_none(notebook):
+    notebook.ok("wait = {'k1': 1, 'k2': .5}")  # k2 clears what it has shown, not what k1 is to show
     messages = notebook.ok(
-        "%%remote_exec -k k1,k2\nimport sys; from IPython.display import clear_output\n"
-        "print('ahead', end=''); h = display({'text/html': '<b>'}, raw=True, display_id='d', "
-        "transient={'more': 1}, metadata={'text/html': {'wide': 1}})\n"
-        "h.update(2); print('gone', end=''); clear_output(wait=True)\n"
+        "%%remote_exec -k k1,k2 -i wait\nimport sys, time; from IPython import display as d\n"
+        "print(end='ahead', flush=True); time.sleep({wait}); h = display({'text/html': '<b>'}, "
+        "raw=True, display_id='d', transient={'more': 1}, metadata={'text/html': {'wide': 1}})\n"
+        "h.update(2); print('gone', end=''); d.clear_output(wait=True)\n"
         "for i in range(9): print(i, file=(sys.stdout, sys.stderr)[i % 2], flush=True)")
     shown, updates = contents(messages, "display_data"), contents(messages, "update_display_data")
     assert [each["data"] for each in shown + updates] == (
