@@ -1118,7 +1118,7 @@ class KernelNamespace:
 
     def __getattr__(self, name):
         kernel, run = self.__kernel, self.__kernel.background_run
-        if run and name in run.names and not any(
+        if run and name in run.names and os.getpid() == kernel.magics.pid and not any(
                 frame.f_globals.get("__name__") == "IPython.core.completer"
                 or frame.f_code.co_name == "object_inspect_mime"  # Tab and tooltips don't wait
                 for frame, _ in traceback.walk_stack(None)):
