@@ -629,14 +629,14 @@ def test_options_come_first_and_the_rest_is_code(line, options, code):
 
 
 @pytest.mark.parametrize("line, culprit", [
-    ("-k a -b", "-b"), ("-k a --nope", "nope"), ("-k 9a", "'9a'"), ("-k class", "class"),
-    ("-k a, 1", "''"), ("-k a,a", "a2=S"), ("-k {nowhere} 1", "nowhere"), ("-k {grid} 1", "array"),
-    ("-k n=nosuch", "nosuch"), ("-k q=.json 1", "'.json'"), ("-k a=/no/such.json", "such"),
-    ("-k partial 1", "partial"), ("-k print 1", "my_print"), ("-k alias 1", "my_alias"),
-    ("-k a:/ -o x,a.b 1", "'a.b'"), ("-k a -s -o x", "-s"), ("-k a -s -p lock", "-s"),
-    ("-k a -p nowhere", "nowhere"), ("-k a -p grid,lock 1", "e lock"), ("-l print(1)", "-l"),
-    ("-k a -i nowhere x", "nowhere"), ("-k a -i lock x", "lock"), ("-k a,b -i partial x", "'b'"),
-    ("x = 1", "-k"), ("-k a -b -t 1 1", "-t"), ("-k a -t 0 1", "'0'"), ("-k a -t nan 1", "'nan'")])
+    ("x = 1", "-k"), ("-l print(1)", "-l"), ("-k a --nope", "nope"), ("-k {nowhere} 1", "nowhere"),
+    ("-k print 1", "my_print"), ("-k partial 1", "partial"), ("-k a, 1", "''"), ("-k 9a", "'9a'"),
+    ("-k alias 1", "my_alias"), ("-k class", "class"), ("-k b= 1", "b="), ("-k {grid} 1", "array"),
+    ("-k a=/no/such.json", "such"), ("-k n=nosuch", "nosuch"), ("-k a -b", "-b"),
+    ("-k q=.json 1", "'.json'"), ("-k a,a", "a2=S"), ("-k a -s -o x", "-s"), ("-k a -t 0 1", "'0'"),
+    ("-k a:/ -o x,a.b 1", "'a.b'"), ("-k a -i lock x", "lock"), ("-k a -i nowhere x", "nowhere"),
+    ("-k a,b -i partial x", "'b'"), ("-k a -p grid,lock 1", "e lock"), ("-k a -s -p lock", "-s"),
+    ("-k a -p nowhere", "nowhere"), ("-k a -b -t 1 1", "-t"), ("-k a -t nan 1", "'nan'")])
 def test_a_mistake_is_one_line_before_anything_acts(session, line, culprit):
     session.ns.update(partial={"a": 1}, grid=np.ones((2, 2)), alias=session.a, lock=type(
         "Lock", (), {"__reduce__": sys.exit, "__str__": 0})())
