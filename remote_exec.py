@@ -1365,10 +1365,9 @@ class Call(Collector):
                 for kernel, run in runs.items():
                     kernel.screen.move_to(screen)
                     run.set_timeout(self.timeout)
-                self.collect(runs)
                 left = [job for each in kernels for job in tuple(each.jobs) if job.interrupt_reason]
                 concurrent.futures.wait(left, timeout=1)  # of an earlier call, which waits no more
-                self.wait({})  # shows what they print
+                self.collect(runs)  # shows what those print, too
                 for each in kernels:
                     is_left = any(job.interrupt_reason for job in tuple(each.jobs))
                     if is_left and not getattr(each.process, "has_exited", False):
